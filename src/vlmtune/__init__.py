@@ -1,0 +1,1 @@
+"""vlmtune fine-tunes vision-language models on your own images."""
