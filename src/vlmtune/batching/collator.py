@@ -1,0 +1,148 @@
+"""Rows of a data set to the tensors of one batch.
+
+Shape legend: B rows, L tokens of the longest row, N images or tiles, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vlmtune.batching.encode import EncodedSample, Encoder, TooLong
+from vlmtune.data.sample import Sample
+from vlmtune.models.families import get_family
+from vlmtune.models.family import Family
+
+IGNORE_INDEX = -100
+
+Row = Mapping[str, Any]
+
+
+class BaseVLMDataCollator:
+    """Turns data set rows into a padded batch, ready for the model and any ``transformers.Trainer``.
+
+    The batch holds ``input_ids`` (B, L), ``attention_mask`` (B, L), ``labels`` (B, L; -100 where nothing is
+    supervised), for families that need them ``token_type_ids`` (B, L; 1 on image tokens), and the image
+    processor's tensors, such as ``pixel_values`` (N, C, H, W), when any row has an image. Rows are padded
+    on the right; generation pads on the left (see ``vlmtune.evaluation.generation``).
+
+    Args:
+        processor: the model's ``AutoProcessor``.
+        family: a family record, or its name, such as ``"gemma"``.
+        conversation_formatter: makes a :class:`Sample` of a row; replaces :meth:`format_conversation`, which
+            can also be overridden in a subclass.
+        max_length: most tokens of a sample; an image is never cut.
+        on_too_long: ``error``, ``drop`` (an error here too: rows are dropped before training, where it is
+            counted) or ``truncate_text``.
+        max_pixels: pixel budget of the image decoder.
+        pad_to_multiple_of: round L up to a multiple, for tensor cores.
+        return_sample_ids: add ``sample_ids`` (a list of strings) for the trainer's messages; a plain
+            ``transformers.Trainer`` would hand it to the model.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        family: Family | str,
+        *,
+        conversation_formatter: Callable[[Row], Sample] | None = None,
+        max_length: int | None = None,
+        on_too_long: TooLong = "error",
+        max_pixels: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_sample_ids: bool = False,
+    ) -> None:
+        self.processor = processor
+        self.family = get_family(family)
+        self.encoder = Encoder(
+            processor, self.family, max_length=max_length, on_too_long=on_too_long, max_pixels=max_pixels
+        )
+        self.conversation_formatter = conversation_formatter
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.return_sample_ids = return_sample_ids
+
+    def format_conversation(self, row: Row) -> Sample:
+        """Make a sample of a row; override it, or pass ``conversation_formatter``, for rows of another form."""
+        return Sample.from_row(row)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Encode and pad ``rows``; errors as :meth:`vlmtune.batching.encode.Encoder.__call__` raises them."""
+        to_sample = self.conversation_formatter or self.format_conversation
+        return self.collate([self.encoder(to_sample(row)) for row in rows])
+
+    def collate(self, samples: Sequence[EncodedSample]) -> dict[str, Any]:
+        """Pad encoded samples on the right and join their images."""
+        batch = pad(
+            samples,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            side="right",
+            multiple_of=self.pad_to_multiple_of,
+            token_type_ids=self.family.needs_token_type_ids,
+        )
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+        for index, sample in enumerate(samples):
+            flags = torch.tensor(sample.supervised)
+            row = batch["input_ids"][index, : len(flags)]
+            labels[index, : len(flags)] = torch.where(flags, row, IGNORE_INDEX)
+        batch["labels"] = labels
+        batch.update(join_images(samples, self.processor))
+        if self.return_sample_ids:
+            batch["sample_ids"] = [sample.id for sample in samples]
+        return batch
+
+
+def pad(
+    samples: Sequence[EncodedSample],
+    *,
+    pad_token_id: int,
+    side: str,
+    multiple_of: int | None = None,
+    token_type_ids: bool = True,
+) -> dict[str, Any]:
+    """Pad token ids, attention mask and token types to one length.
+
+    Args:
+        samples: at least one.
+        pad_token_id: id in the padding.
+        side: ``right`` for training, ``left`` for generation.
+        multiple_of: round the length up to a multiple.
+        token_type_ids: include ``token_type_ids``.
+    """
+    length = max(len(sample.input_ids) for sample in samples)
+    if multiple_of:
+        length = -(-length // multiple_of) * multiple_of
+    columns = {"input_ids": pad_token_id, "attention_mask": 0} | ({"token_type_ids": 0} if token_type_ids else {})
+    batch: dict[str, Any] = {name: torch.full((len(samples), length), fill) for name, fill in columns.items()}
+    for index, sample in enumerate(samples):
+        n = len(sample.input_ids)
+        span = slice(0, n) if side == "right" else slice(length - n, length)
+        batch["input_ids"][index, span] = torch.tensor(sample.input_ids)
+        batch["attention_mask"][index, span] = 1
+        if token_type_ids:
+            batch["token_type_ids"][index, span] = torch.tensor(sample.token_type_ids)
+    return batch
+
+
+def join_images(samples: Sequence[EncodedSample], processor: Any) -> dict[str, Any]:
+    """Join the image tensors of all samples along their first axis, in the order of the image tokens."""
+    given = [sample.image_inputs for sample in samples if sample.image_inputs]
+    if not given:
+        return {}
+    names = [name for name in given[0] if name not in processor.unused_input_names]
+    return {name: torch.cat([torch.as_tensor(inputs[name]) for inputs in given]) for name in names}
+
+
+def create_data_collator(processor: Any, model_type: str = "gemma", **options: Any) -> BaseVLMDataCollator:
+    """Make the collator for a model type.
+
+    Args:
+        processor: the model's ``AutoProcessor``.
+        model_type: a family's name or alias, such as ``"gemma"``.
+        **options: options of :class:`BaseVLMDataCollator`.
+
+    Raises:
+        UnsupportedModelError: the model type is unknown; the message offers the nearest name.
+    """
+    return BaseVLMDataCollator(processor, get_family(model_type), **options)

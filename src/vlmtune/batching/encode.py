@@ -1,0 +1,247 @@
+"""Samples to token ids and the mask of supervised tokens.
+
+The chat template decides the tokens and the spans: the conversation is rendered once whole and once up to
+each assistant turn, image places are expanded to soft tokens by the processor itself, and the texts are
+tokenized afterwards. So training sees exactly the ids that the processor gives at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vlmtune.data.images import content_hash, decode
+from vlmtune.data.sample import Message, Sample
+from vlmtune.errors import EncodingError, NothingSupervisedError
+from vlmtune.models.family import Family
+
+TooLong = Literal["error", "drop", "truncate_text"]
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """Token ids of one conversation.
+
+    Attributes:
+        id: the sample's id.
+        input_ids: token ids, image soft tokens included; length L.
+        supervised: L flags, true where the token is a training target.
+        token_type_ids: L numbers, 1 on image soft tokens and 0 elsewhere.
+        n_images: number of images in the conversation.
+        image_key: content hash of each image in order; empty unless asked for.
+        image_inputs: the processor's tensors for the images (``pixel_values`` first axis: images or tiles).
+    """
+
+    id: str
+    input_ids: list[int]
+    supervised: list[bool]
+    token_type_ids: list[int]
+    n_images: int
+    image_key: tuple[str, ...] = ()
+    image_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_supervised(self) -> int:
+        """Number of tokens the loss is taken on; the first token of a row has nothing to predict it from."""
+        return sum(self.supervised[1:])
+
+
+class Encoder:
+    """Encodes samples for one processor and family.
+
+    Args:
+        processor: the model's ``AutoProcessor``.
+        family: the model's family record.
+        max_length: most tokens of a sample, soft tokens included; ``None`` for no limit.
+        on_too_long: what happens above it: ``error``; ``drop`` (the caller leaves the sample out and counts
+            it); ``truncate_text`` (text is cut from the end, images never are).
+        max_pixels: pixel budget of the image decoder.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        *,
+        max_length: int | None = None,
+        on_too_long: TooLong = "error",
+        max_pixels: int | None = None,
+    ) -> None:
+        self.processor = processor
+        self.family = family
+        self.max_length = max_length
+        self.on_too_long = on_too_long
+        self.max_pixels = max_pixels
+        tokenizer = processor.tokenizer
+        self.turn_end_id: int = tokenizer.convert_tokens_to_ids(family.turn_end)
+        self.image_token_ids: frozenset[int] = frozenset(processor.image_token_ids)
+        self._control_tokens = _control_tokens(processor, family)
+
+    def __call__(self, sample: Sample, *, pixels: bool = True, hashes: bool = False) -> EncodedSample:
+        """Encode a training sample.
+
+        Args:
+            sample: a conversation with at least one assistant turn.
+            pixels: decode the images and fill ``image_inputs``.
+            hashes: fill ``image_key``.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            EncodingError: a text holds a control token, images and places do not match, or the sample is
+                longer than ``max_length`` (with ``on_too_long`` ``error`` or ``drop``).
+            NothingSupervisedError: no token is left to learn from.
+        """
+        image_inputs = self.images(sample) if pixels and sample.images else {}
+        input_ids, supervised = self.tokens(sample, image_inputs)
+        input_ids, supervised = self._limit(sample, input_ids, supervised)
+        if not any(supervised[1:]):
+            raise NothingSupervisedError(
+                f"Sample {sample.id!r} has no token to learn from: it needs an assistant turn with text. "
+                "Give it an answer or leave it out."
+            )
+        return EncodedSample(
+            id=sample.id,
+            input_ids=input_ids,
+            supervised=supervised,
+            token_type_ids=self._token_types(input_ids),
+            n_images=len(sample.images),
+            image_key=tuple(content_hash(image) for image in sample.images) if hashes else (),
+            image_inputs=image_inputs,
+        )
+
+    def prompt(self, sample: Sample, *, pixels: bool = True) -> EncodedSample:
+        """Encode what generation is given: the turns before the last answer, opened for the model's turn."""
+        self._check(sample)
+        image_inputs = self.images(sample) if pixels and sample.images else {}
+        text = self._expand(self._render(sample.prompt, generate=True), len(sample.images), image_inputs, sample)
+        input_ids, _ = self._tokenize(text)
+        return EncodedSample(
+            id=sample.id,
+            input_ids=input_ids,
+            supervised=[False] * len(input_ids),
+            token_type_ids=self._token_types(input_ids),
+            n_images=len(sample.images),
+            image_inputs=image_inputs,
+        )
+
+    def images(self, sample: Sample) -> dict[str, Any]:
+        """Decode the sample's images and return the image processor's tensors."""
+        pictures = [decode(image, max_pixels=self.max_pixels) for image in sample.images]
+        return dict(self.processor.image_processor([pictures], return_tensors="pt"))
+
+    def tokens(self, sample: Sample, image_inputs: Mapping[str, Any] | None = None) -> tuple[list[int], list[bool]]:
+        """Return token ids and supervised flags of the whole conversation, without a length limit."""
+        self._check(sample)
+        messages, n_images = sample.messages, len(sample.images)
+        inputs = image_inputs or {}
+        text = self._expand(self._render(messages), n_images, inputs, sample)
+        input_ids, offsets = self._tokenize(text)
+        supervised = [False] * len(input_ids)
+        for turn, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            seen = sum(m.n_images for m in messages[:turn])
+            prompt = self._expand(self._render(messages[:turn], generate=True), seen, inputs, sample)
+            is_last = turn == len(messages) - 1
+            through = text if is_last else self._expand(self._render(messages[: turn + 1]), seen, inputs, sample)
+            if not (text.startswith(prompt) and text.startswith(through)):
+                raise EncodingError(
+                    f"Sample {sample.id!r}: the chat template renders earlier turns differently once a later turn "
+                    "follows, so what the model would be trained on is not what it is given when it answers. "
+                    "Split the conversation into one sample a turn, or use a chat template without that."
+                )
+            self._mark(sample, message, input_ids, offsets, supervised, len(prompt), len(through))
+        return input_ids, supervised
+
+    def _mark(
+        self,
+        sample: Sample,
+        message: Message,
+        input_ids: list[int],
+        offsets: Sequence[tuple[int, int]],
+        supervised: list[bool],
+        start: int,
+        end: int,
+    ) -> None:
+        """Mark the tokens of one assistant turn, through its terminator, as supervised."""
+        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
+        if not inside or offsets[inside[0]][0] != start:
+            raise EncodingError(
+                f"Sample {sample.id!r}: the tokenizer joins the prompt's last characters and the answer "
+                f"{message.text[:40]!r} into one token, so the answer cannot be supervised on its own. "
+                "Remove leading white space or punctuation from the answer."
+            )
+        for index in inside:
+            supervised[index] = True
+            if input_ids[index] == self.turn_end_id:
+                return
+        raise EncodingError(
+            f"Sample {sample.id!r}: the chat template does not close the assistant's turn with "
+            f"{self.family.turn_end!r}, as {self.family.name} needs. Use the chat template that came with the model."
+        )
+
+    def _limit(self, sample: Sample, ids: list[int], supervised: list[bool]) -> tuple[list[int], list[bool]]:
+        limit = self.max_length
+        if limit is None or len(ids) <= limit:
+            return ids, supervised
+        image_tokens = sum(token in self.image_token_ids for token in ids)
+        counts = f"{len(ids)} tokens ({image_tokens} of them image tokens), more than max_length {limit}"
+        if self.on_too_long != "truncate_text":
+            raise EncodingError(
+                f"Sample {sample.id!r} has {counts}. Raise max_length, or set on_too_long to 'drop' or 'truncate_text'."
+            )
+        if any(token in self.image_token_ids for token in ids[limit:]):
+            raise EncodingError(
+                f"Sample {sample.id!r} has {counts}, and cutting it there would cut an image. "
+                "Raise max_length or use fewer images a sample."
+            )
+        return ids[:limit], supervised[:limit]
+
+    def _check(self, sample: Sample) -> None:
+        if problem := sample.problem():
+            raise EncodingError(f"Sample {sample.id!r} {problem}. Mend or leave out that row.")
+        for message in sample.messages:
+            found = next((token for token in self._control_tokens if token in message.text), None)
+            if found:
+                raise EncodingError(
+                    f"Sample {sample.id!r}: the {message.role}'s text contains {found!r}, which the model reads as a "
+                    "control token, not as text. Remove it from the text; images belong in the row's images."
+                )
+
+    def _render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        conversation = [message.to_template() for message in messages]
+        return str(self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
+
+    def _expand(self, text: str, n_images: int, image_inputs: Mapping[str, Any], sample: Sample) -> str:
+        """Replace each image place by its soft tokens, as the processor does."""
+        places = text.count(self.processor.image_token)
+        if places != n_images:
+            raise EncodingError(
+                f"Sample {sample.id!r}: the chat template renders {places} image place(s) for {n_images} image(s). "
+                "Use the chat template that came with the model."
+            )
+        if not n_images:
+            return text
+        # Soft tokens of a fixed-size image do not depend on its pixels: no crops stands for an image not decoded.
+        inputs = image_inputs or {"num_crops": [0] * n_images}
+        replacements = [self.processor.replace_image_token(inputs, index) for index in range(n_images)]
+        return str(self.processor.get_text_with_replacements([text], images_replacements=replacements)[0][0])
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        tokenizer = self.processor.tokenizer
+        # The template may have written BOS already; a second one would be trained on.
+        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        encoding = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
+        return list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]
+
+    def _token_types(self, input_ids: Sequence[int]) -> list[int]:
+        return [int(token in self.image_token_ids) for token in input_ids]
+
+
+def _control_tokens(processor: Any, family: Family) -> tuple[str, ...]:
+    """Texts that the tokenizer would turn into control tokens, the longest first."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    special = {str(token.content) for token in added if token.special}
+    special |= {processor.image_token, family.turn_end, *family.terminators}
+    return tuple(sorted((token for token in special if token and not token.isspace()), key=len, reverse=True))
