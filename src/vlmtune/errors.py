@@ -12,7 +12,8 @@ The command line prints them as one paragraph without a traceback (``--debug`` a
     │   ├── ImageError         one image that cannot be used
     │   └── QuarantineError    more bad rows than ``max_bad_fraction`` allows
     ├── EncodingError          a sample that cannot become tokens
-    │   └── NothingSupervisedError
+    │   ├── NothingSupervisedError  nothing in it to learn from
+    │   └── TooLongError       more tokens than ``max_length``
     ├── ModelError             a model that cannot be loaded, trained or saved
     │   ├── UnsupportedModelError
     │   └── AdapterError       an adapter that does not fit its model
@@ -63,6 +64,10 @@ class EncodingError(VlmtuneError):
 
 class NothingSupervisedError(EncodingError):
     """A sample without a single token to learn from."""
+
+
+class TooLongError(EncodingError):
+    """A sample with more tokens than ``max_length``."""
 
 
 class ModelError(VlmtuneError):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from vlmtune.data.images import content_hash, decode
 from vlmtune.data.sample import Message, Sample
-from vlmtune.errors import EncodingError, NothingSupervisedError
+from vlmtune.errors import EncodingError, NothingSupervisedError, TooLongError
 from vlmtune.models.family import Family
 
 TooLong = Literal["error", "drop", "truncate_text"]
@@ -88,8 +88,9 @@ class Encoder:
 
         Raises:
             ImageError: an image cannot be decoded.
-            EncodingError: a text holds a control token, images and places do not match, or the sample is
-                longer than ``max_length`` (with ``on_too_long`` ``error`` or ``drop``).
+            EncodingError: a text holds a control token, or images and places do not match.
+            TooLongError: the sample is longer than ``max_length``, and the policy does not allow cutting it
+                or the cut would hit an image.
             NothingSupervisedError: no token is left to learn from.
         """
         image_inputs = self.images(sample) if pixels and sample.images else {}
@@ -188,11 +189,11 @@ class Encoder:
         image_tokens = sum(token in self.image_token_ids for token in ids)
         counts = f"{len(ids)} tokens ({image_tokens} of them image tokens), more than max_length {limit}"
         if self.on_too_long != "truncate_text":
-            raise EncodingError(
+            raise TooLongError(
                 f"Sample {sample.id!r} has {counts}. Raise max_length, or set on_too_long to 'drop' or 'truncate_text'."
             )
         if any(token in self.image_token_ids for token in ids[limit:]):
-            raise EncodingError(
+            raise TooLongError(
                 f"Sample {sample.id!r} has {counts}, and cutting it there would cut an image. "
                 "Raise max_length or use fewer images a sample."
             )

@@ -1,0 +1,107 @@
+"""One pass over the texts before any weight loads: lengths, supervised tokens and samples that cannot be encoded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+
+from vlmtune.batching.encode import Encoder
+from vlmtune.data.sample import Sample
+from vlmtune.errors import EncodingError, TooLongError
+
+logger = logging.getLogger("vlmtune.batching")
+
+# Below this many rows, starting worker processes takes longer than the pass itself.
+PARALLEL_FROM = 20_000
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the pass found.
+
+    Attributes:
+        kept: indices of the rows that can be trained on, in order.
+        lengths: tokens of each kept row, soft tokens included.
+        supervised: supervised tokens of each kept row.
+        left_out: (sample id, reason) of every other row.
+    """
+
+    kept: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    supervised: npt.NDArray[np.int64]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for people."""
+        if not len(self.lengths):
+            return "no sample can be trained on"
+        return (
+            f"{len(self.kept):,} samples of {self.lengths.min()} to {self.lengths.max()} tokens "
+            f"(median {int(np.median(self.lengths))}), {int(self.supervised.sum()):,} supervised tokens, "
+            f"{self.supervised.sum() / self.lengths.sum():.1%} of all"
+        )
+
+
+def scan(
+    dataset: datasets.Dataset,
+    encoder: Encoder,
+    *,
+    to_sample: Callable[[Mapping[str, Any]], Sample] = Sample.from_row,
+    max_bad_fraction: float = 0.01,
+    processes: int | None = None,
+) -> Scan:
+    """Encode every row's text (images are not decoded) and report what cannot be trained on.
+
+    Rows above ``max_length`` are left out when the encoder's policy is ``drop``, and are an error when it is
+    ``error``. Rows that cannot be encoded for another reason are left out up to ``max_bad_fraction`` of all.
+
+    Raises:
+        EncodingError: too many rows cannot be encoded; the message names the first of them and says how many.
+    """
+    processes = processes or (os.cpu_count() or 1 if len(dataset) >= PARALLEL_FROM else None)
+    table = dataset.map(
+        _measure,
+        fn_kwargs={"encoder": encoder, "to_sample": to_sample},
+        remove_columns=dataset.column_names,
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in _COLUMNS.items()}),
+        num_proc=processes,
+        # A fingerprint of our own: hashing the processor takes longer than the pass, and nothing is reused.
+        new_fingerprint=uuid.uuid4().hex,
+        keep_in_memory=True,
+        desc="Checking texts",
+    )
+    lengths, supervised = (np.asarray(table[name], dtype=np.int64) for name in ("length", "supervised"))
+    reasons, too_long = table["reason"][:], np.asarray(table["too_long"], dtype=bool)
+    bad = [index for index, reason in enumerate(reasons) if reason]
+    left_out = [(str(dataset[index]["id"]), reasons[index]) for index in bad]
+    fatal = [index for index in bad if not too_long[index] or encoder.on_too_long != "drop"]
+    strict = any(too_long[index] for index in fatal)
+    if fatal and (strict or len(fatal) > max_bad_fraction * len(dataset)):
+        shown = "\n".join(f"  {reasons[index]}" for index in fatal[:5])
+        more = f"\n  and {len(fatal) - 5:,} more" if len(fatal) > 5 else ""
+        raise EncodingError(f"{len(fatal):,} of {len(dataset):,} samples cannot be trained on:\n{shown}{more}")
+    for name, reason in left_out[:5]:
+        logger.warning("left out %s: %s", name, reason)
+    if left_out:
+        logger.warning("%d of %d samples were left out; every one is named in the run's record", len(bad), len(dataset))
+    kept = np.setdiff1d(np.arange(len(dataset)), np.asarray(bad, dtype=np.int64))
+    return Scan(kept=kept, lengths=lengths[kept], supervised=supervised[kept], left_out=left_out)
+
+
+_COLUMNS = {"length": "int64", "supervised": "int64", "too_long": "bool", "reason": "string"}
+
+
+def _measure(row: Mapping[str, Any], encoder: Encoder, to_sample: Callable[..., Sample]) -> dict[str, Any]:
+    try:
+        encoded = encoder(to_sample(row), pixels=False)
+    except EncodingError as error:
+        return {"length": 0, "supervised": 0, "too_long": isinstance(error, TooLongError), "reason": str(error)}
+    return {"length": len(encoded.input_ids), "supervised": encoded.n_supervised, "too_long": False, "reason": ""}

@@ -1,0 +1,52 @@
+"""Trainer callbacks: adapter saving and readable progress."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from vlmtune.models.checkpoint import save_model_and_processor
+
+logger = logging.getLogger("vlmtune.training")
+
+
+class SavePeftModelCallback(TrainerCallback):
+    """Saves the adapter with the processor into each checkpoint of a plain ``transformers.Trainer``.
+
+    :class:`~vlmtune.training.trainer.MemoryEfficientTrainer` does this itself; this callback is for people
+    who keep their own trainer.
+
+    Args:
+        processor: saved beside the adapter.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write adapter and processor into the checkpoint just made."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_model_and_processor(kwargs["model"], self.processor, folder)
+
+
+class LoggingCallback(TrainerCallback):
+    """Logs one readable line at each logging step, to the ``vlmtune.training`` logger."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the step's figures."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            parts = [f"loss {logs['loss']:.4f}", f"lr {logs.get('learning_rate', 0):.2e}"]
+            if "grad_norm" in logs:
+                parts.append(f"grad {logs['grad_norm']:.3f}")
+            if "samples_per_second" in logs:
+                parts.append(f"{logs['samples_per_second']:.1f} samples/s")
+                parts.append(f"data wait {logs['data_wait_share']:.0%}")
+            logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(parts))
+        elif "eval_loss" in logs:
+            logger.info("step %d/%d: evaluation loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])

@@ -1,0 +1,268 @@
+"""The trainer: ``transformers.Trainer`` with a loss by supervised tokens, strict checkpoints and named failures.
+
+Everything else (devices, schedulers, optimizers, trackers, resuming) is the base class's own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from vlmtune.batching.collator import BaseVLMDataCollator
+from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
+from vlmtune.models.checkpoint import is_adapter_dir, load_adapter, load_full_weights, save_model_and_processor
+from vlmtune.training.callbacks import LoggingCallback
+from vlmtune.training.loss import IGNORE_INDEX, install_supervised_loss, targets_from_labels
+
+IdsByBatch = list[list[str]]
+
+
+class MemoryEfficientTrainer(Trainer):
+    """Trains a vision-language model without ever forming full logits.
+
+    Differs from ``transformers.Trainer`` in this:
+
+    * the loss is the sum over supervised tokens divided by their number in the whole step, over all
+      accumulated batches and all ranks; the LM head runs on supervised positions only, in chunks;
+    * evaluation returns losses only, weighted by supervised tokens;
+    * every checkpoint holds the processor, and loading one is strict: a missing tensor is an error;
+    * a loss or gradient that is not finite stops the run before it reaches the weights.
+
+    Args:
+        *args: as ``transformers.Trainer``.
+        loss_chunk_tokens: supervised tokens the LM head takes at a time; 0 chooses by the vocabulary.
+        **kwargs: as ``transformers.Trainer``; ``processing_class`` is the processor.
+    """
+
+    def __init__(self, *args: Any, loss_chunk_tokens: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Says to the base class that compute_loss has already divided by the whole step's tokens.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = False
+        install_supervised_loss(self.model, chunk_tokens=loss_chunk_tokens)
+        self._step_ids: IdsByBatch = []
+        self._eval_sums: Tensor | None = None
+        self.data_wait_seconds = 0.0
+        self.samples_seen = 0
+        self.supervised_tokens_seen = 0
+        self.images_seen = 0
+
+    # -- loss ---------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Collect the step's batches and count their supervised tokens, noting how long the data took."""
+        started = time.perf_counter()
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.data_wait_seconds += time.perf_counter() - started
+        self._step_ids = [batch.get("sample_ids", []) for batch in batches]
+        self.samples_seen += sum(len(batch["input_ids"]) for batch in batches)
+        self.images_seen += sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)
+        self.supervised_tokens_seen += sum(_count_targets(batch) for batch in batches)
+        return batches, count
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        count = torch.tensor(sum(_count_targets(batch) for batch in batch_samples), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the batch's summed loss over the step's supervised tokens."""
+        inputs = dict(inputs)
+        ids = inputs.pop("sample_ids", [])
+        if "target_sources" not in inputs:
+            inputs["target_sources"], inputs["target_ids"] = targets_from_labels(inputs.pop("labels"))
+        count = num_items_in_batch if num_items_in_batch is not None else len(inputs["target_ids"])
+        total = model(**inputs)["loss"]
+        if not torch.isfinite(total):
+            raise NonFiniteError(self._not_finite("loss", total, ids))
+        # DDP and FSDP average gradients over ranks; the count is already over all of them.
+        loss = total / max(int(count), 1) * (self.args.world_size if model.training else 1)
+        return (loss, {"loss": loss, "total": total}) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._finite_norm(super()._clip_grad_norm(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._finite_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
+
+    def _finite_norm(self, norm: Any) -> Any:
+        # With float16 the scaler skips overflowing steps by itself.
+        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+            raise NonFiniteError(self._not_finite("gradient norm", norm, [i for ids in self._step_ids for i in ids]))
+        return norm
+
+    def _not_finite(self, what: str, value: Any, ids: list[str]) -> str:
+        names = ", ".join(repr(name) for name in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        checkpoint = _latest_checkpoint(self.args.output_dir)
+        kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
+        return (
+            f"The {what} became {float(value)} in step {self.state.global_step + 1}"
+            + (f", with the samples {names}" if names else "")
+            + f". The weights were not changed by this step. {kept} Look at those samples, lower the learning rate, "
+            "or train in bf16 or fp32."
+        )
+
+    # -- evaluation ---------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Return the batch's mean loss; logits never leave the step."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        sums = torch.stack([outputs["total"].double(), outputs["total"].new_tensor(_count_targets(inputs)).double()])
+        self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Run the base loop, then weight the loss by supervised tokens instead of by batches."""
+        self._eval_sums = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_sums is not None:
+            total, count = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
+
+    # -- checkpoints --------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_model_and_processor(
+            self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict=state_dict
+        )
+        arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
+        (folder / "training_args.json").write_text(arguments + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target = self.accelerator.unwrap_model(model if model is not None else self.model)
+        folder = Path(resume_from_checkpoint)
+        if not folder.is_dir():
+            raise ResumeError(f"There is no checkpoint at {folder}. Name a checkpoint-N folder of this run.")
+        adapted = hasattr(target, "peft_config")
+        if adapted != is_adapter_dir(folder):
+            raise ResumeError(
+                f"{folder} holds {'full weights' if adapted else 'an adapter'}, but this run trains "
+                f"{'an adapter' if adapted else 'full weights'}. Resume with the settings the run was started with."
+            )
+        (load_adapter if adapted else load_full_weights)(target, folder)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is None:
+            raise TrainingError("There is no best checkpoint to load: no evaluation took place before a save.")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # -- logging ------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput and the share of time spent waiting for data to training logs."""
+        if "loss" in logs and "learning_rate" in logs:
+            logs |= self._throughput()
+        super().log(logs, start_time)
+
+    def _throughput(self) -> dict[str, float]:
+        now = time.perf_counter()
+        counters = (self.samples_seen, self.images_seen, self.supervised_tokens_seen, self.data_wait_seconds)
+        before, since = getattr(self, "_last_counters", ((0, 0, 0, 0.0), getattr(self, "_train_started", now)))
+        self._last_counters = (counters, now)
+        seconds = max(now - since, 1e-9)
+        samples, images, tokens, wait = (new - old for new, old in zip(counters, before, strict=True))
+        return {
+            "samples_per_second": round(samples / seconds, 3),
+            "images_per_second": round(images / seconds, 3),
+            "supervised_tokens_per_second": round(tokens / seconds, 1),
+            "data_wait_share": round(wait / seconds, 4),
+        }
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the base class does."""
+        self._train_started = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+
+def _count_targets(batch: Mapping[str, Any]) -> int:
+    """Number of supervised tokens of a batch that can be predicted."""
+    if "target_weights" in batch:
+        return int(batch["target_weights"].sum())
+    if "target_ids" in batch:
+        return len(batch["target_ids"])
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def _latest_checkpoint(output_dir: str | None) -> Path | None:
+    folders = Path(output_dir or ".").glob("checkpoint-*")
+    return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def create_trainer(
+    *,
+    model: nn.Module,
+    args: Any,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    data_collator: Any = None,
+    processor: Any = None,
+    callbacks: list[Any] | None = None,
+    **kwargs: Any,
+) -> MemoryEfficientTrainer:
+    """Make the trainer.
+
+    Args:
+        model: from :func:`~vlmtune.models.loading.load_model_for_training`, adapted by ``setup_lora`` or not.
+        args: ``TrainingArguments``.
+        train_dataset: rows for the collator.
+        eval_dataset: rows to take the evaluation loss on, if any.
+        data_collator: from :func:`~vlmtune.batching.collator.create_data_collator`.
+        processor: saved with every checkpoint; taken from the collator when absent.
+        callbacks: further ``TrainerCallback``s.
+        **kwargs: further arguments of ``transformers.Trainer``.
+
+    Raises:
+        TrainingError: nothing in the model is trainable, or no processor is known.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("Nothing in the model is trainable. Call setup_lora, or unfreeze a part first.")
+    processor = processor or getattr(data_collator, "processor", None)
+    if processor is None:
+        raise TrainingError("create_trainer needs the processor, to save it with every checkpoint: pass processor=.")
+    if isinstance(data_collator, BaseVLMDataCollator):
+        data_collator.return_sample_ids = True
+    # Rows are made into tensors by the collator; the base class would drop the columns the model does not know.
+    args.remove_unused_columns = False
+    # A NaN must stop the run, not be averaged away.
+    args.logging_nan_inf_filter = False
+    return MemoryEfficientTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=data_collator,
+        processing_class=processor,
+        callbacks=[LoggingCallback(), *(callbacks or [])],
+        loss_chunk_tokens=getattr(args, "loss_chunk_tokens", 0),
+        **kwargs,
+    )
