@@ -1,0 +1,109 @@
+"""Arguments that say which data, and how rows become samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vlmtune.config.options import (
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    FRACTION,
+    FRACTION_BELOW_ONE,
+    POSITIVE,
+    Checked,
+    Limits,
+    option,
+)
+
+Switch = Literal["auto", "on", "off"]
+
+
+@dataclass
+class VLMDataArguments(Checked):
+    """Which data, and how its rows become samples."""
+
+    _argument_group_name = "data"
+
+    dataset_path: str = option(help="The data: a folder, or the file with the captions, questions or messages.")
+    dataset_format: str = option(
+        "auto", help="Format of the data, such as flickr, easy_vqa or messages; auto recognises it by its files."
+    )
+    train_split: str | None = option(
+        None, help="Split to train on; by default train where the data names splits, else everything."
+    )
+    eval_split: str | None = option(None, help="Split to evaluate on, such as dev or test; by default none.")
+    eval_dataset_path: str | None = option(None, help="Data to evaluate on, where it lies apart from dataset_path.")
+    image_dir: str | None = option(
+        None, help="Folder of the images, where the data does not lie beside them or name them in full."
+    )
+    prompt: str | None = option(
+        None, help="What the user asks about an image in caption data; by default 'Describe this image.'"
+    )
+    max_train_samples: int | None = option(
+        None, help="Train on this many samples, drawn at random by split_seed; by default on all."
+    )
+    max_eval_samples: int | None = option(
+        None, help="Take the evaluation loss on this many samples, drawn at random by split_seed; by default on all."
+    )
+    validation_fraction: float = option(
+        0.0,
+        help="Hold out this share of the images, with all their texts, for evaluation, where the data has no split "
+        "for it.",
+    )
+    split_seed: int = option(0, help="Seed of every random choice of samples and images.")
+    max_bad_fraction: float = option(
+        0.01,
+        help="Bad rows and images are set aside and named in the run's record; a larger share of them stops the run.",
+    )
+    verify_images: Literal["off", "header", "full"] = option(
+        "header",
+        help="How images are checked before any weight loads: header reads each one's size and format, full decodes "
+        "it whole, off only looks whether the file exists.",
+    )
+    max_pixels: int | None = option(
+        None,
+        help="Most pixels of an image file; a larger one is refused as a decompression bomb.",
+    )
+    max_length: int | None = option(
+        None, help="Most tokens of a sample, image tokens included; by default no limit. An image is never cut."
+    )
+    on_too_long: Literal["error", "drop", "truncate_text"] = option(
+        "error", help="What happens to a longer sample: stop, leave it out (and count it), or cut its text at the end."
+    )
+    share_images: Switch = option(
+        "auto",
+        help="Compute an image once for all texts about it in a batch. auto does so wherever it is exact; on makes it "
+        "an error where it is not.",
+    )
+    cache_image_features: Switch = option(
+        "auto",
+        help="Compute the features of a frozen vision tower once and keep them on disk. auto does so wherever it is "
+        "exact and the disk has room; on makes it an error where it is not.",
+    )
+    cache_dir: str | None = option(
+        None, help="Folder of the feature cache; by default vlmtune/features in the user's cache folder."
+    )
+    cache_max_gb: float = option(20.0, help="Most disk space, in gigabytes, that the feature cache takes.")
+
+    limits: ClassVar[Limits] = {
+        "max_train_samples": AT_LEAST_ONE,
+        "max_eval_samples": AT_LEAST_ONE,
+        "validation_fraction": FRACTION_BELOW_ONE,
+        "split_seed": AT_LEAST_ZERO,
+        "max_bad_fraction": FRACTION,
+        "max_pixels": AT_LEAST_ONE,
+        "max_length": AT_LEAST_ONE,
+        "cache_max_gb": POSITIVE,
+    }
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, one sentence each."""
+        found = super().problems()
+        ways = [name for name in ("eval_split", "eval_dataset_path", "validation_fraction") if getattr(self, name)]
+        if "validation_fraction" in ways and len(ways) > 1:
+            found.append(
+                f"validation_fraction and {ways[0]} both name the evaluation data; set one of them (eval_split may "
+                "go with eval_dataset_path)."
+            )
+        return found

@@ -1,0 +1,50 @@
+"""Arguments that say how answers are generated and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmtune.config.options import AT_LEAST_ONE, AT_LEAST_ZERO, Checked, Limit, Limits, option
+
+
+@dataclass
+class GenerationArguments(Checked):
+    """How answers are generated."""
+
+    _argument_group_name = "generation"
+
+    max_new_tokens: int = option(64, help="Most tokens of a generated answer.")
+    temperature: float = option(
+        0.0, help="Randomness of the answers: 0 always takes the likeliest token, so that scores are repeatable."
+    )
+    top_p: float = option(
+        1.0, help="Draw from the likeliest tokens that make up this share of the probability; needs a temperature."
+    )
+    eval_batch_size: int = option(8, help="Answers generated at once on a device.")
+
+    limits: ClassVar[Limits] = {
+        "max_new_tokens": AT_LEAST_ONE,
+        "temperature": AT_LEAST_ZERO,
+        "top_p": Limit(low=0, high=1, open_low=True),
+        "eval_batch_size": AT_LEAST_ONE,
+    }
+
+
+@dataclass
+class EvaluationArguments(GenerationArguments):
+    """Which metrics generated answers are scored with, and on how many samples."""
+
+    _argument_group_name = "evaluation"
+
+    metrics: list[str] = option(
+        ["exact_match"], help="Metrics of the generated answers, such as exact_match and vqa_accuracy."
+    )
+    eval_samples: int | None = option(
+        None, help="Generate answers for this many evaluation samples, drawn at random; by default for all."
+    )
+
+    limits: ClassVar[Limits] = {
+        "metrics": Limit(never_empty=True),
+        "eval_samples": AT_LEAST_ONE,
+    }

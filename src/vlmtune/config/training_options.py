@@ -1,0 +1,113 @@
+"""The training options that people set most, and those that are ours, without importing transformers.
+
+:class:`~vlmtune.config.training.TrainingArguments` takes them over, together with all others of
+``transformers.TrainingArguments``; ``vlmtune train --help`` shows them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vlmtune.config.options import (
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    POSITIVE,
+    Limit,
+    Limits,
+    option,
+)
+
+
+@dataclass
+class TrainingOptions:
+    """Options of training with vlmtune's defaults."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = option(
+        None,
+        help="Folder for the adapter or model, its checkpoints, records and log. It must be absent or empty, unless "
+        "the run in it is resumed.",
+    )
+    num_train_epochs: float = option(1.0, help="Passes over the training data; fractions work.")
+    max_steps: int = option(-1, help="Stop after this many optimizer steps; overrides num_train_epochs when positive.")
+    per_device_train_batch_size: int = option(8, help="Samples a device takes at once in training.")
+    per_device_eval_batch_size: int = option(8, help="Samples a device takes at once for the evaluation loss.")
+    gradient_accumulation_steps: int = option(
+        1, help="Batches gathered into one optimizer step; 4 batches of 1 give the same step as 1 batch of 4."
+    )
+    learning_rate: float = option(
+        2e-4,
+        help="Highest learning rate. The default suits LoRA; a recipe without LoRA that does not set it gets 2e-5.",
+    )
+    lr_scheduler_type: str = option("cosine", help="How the learning rate falls: cosine, linear, constant and others.")
+    warmup_steps: float = option(
+        0.03, help="Steps in which the learning rate rises from 0; a number below 1 is a share of all steps."
+    )
+    weight_decay: float = option(0.0, help="Weight decay of AdamW.")
+    max_grad_norm: float = option(1.0, help="Gradients are scaled down to this norm; 0 turns that off.")
+    bf16: bool | None = option(
+        None, help="Compute in bfloat16 (mixed precision); by default on where a GPU has it, off elsewhere."
+    )
+    fp16: bool = option(False, help="Compute in float16 (mixed precision). Gemma-3 cannot: it overflows.")
+    activation_checkpointing: bool | None = option(
+        None, help="Compute activations again in the backward pass instead of keeping them: less memory, slower."
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = option(
+        None, help="Options of activation checkpointing; by default use_reentrant: false."
+    )
+    gradient_checkpointing: bool | None = option(None, help="The usual name of activation_checkpointing until now.")
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(
+        None, help="The usual name of activation_checkpointing_kwargs until now."
+    )
+    loss_chunk_tokens: int = option(
+        0, help="Supervised tokens whose logits are formed at once; 0 chooses by the size of the vocabulary."
+    )
+    average_tokens_across_devices: bool = option(
+        True, help="Weigh every supervised token of a step alike, on whichever device it lies."
+    )
+    eval_strategy: str = option("no", help="When the evaluation loss is taken: no, steps or epoch.")
+    eval_steps: float | None = option(None, help="Steps between evaluations, with eval_strategy steps.")
+    save_strategy: str = option("steps", help="When checkpoints are written: no, steps, epoch or best.")
+    save_steps: float = option(500, help="Steps between checkpoints; a number below 1 is a share of all steps.")
+    save_total_limit: int | None = option(2, help="Checkpoints to keep; older ones are deleted.")
+    load_best_model_at_end: bool = option(
+        False, help="Finish with the checkpoint of the lowest evaluation loss instead of the last one."
+    )
+    resume: bool = option(False, help="Go on with the run in output_dir from its latest checkpoint.")
+    resume_from_checkpoint: str | None = option(
+        None, help="Go on from this checkpoint-N folder; true means the latest in output_dir."
+    )
+    logging_steps: float = option(10, help="Steps between log lines; a number below 1 is a share of all steps.")
+    logging_first_step: bool = option(True, help="Log the first step too, so that a wrong start is seen at once.")
+    # HfArgumentParser reads the second member as the flag's type.
+    report_to: None | str | list[str] = option(  # noqa: RUF036
+        "none", help="Experiment trackers, such as tensorboard or wandb; none writes log.jsonl alone."
+    )
+    seed: int = option(42, help="Seed of the adapters' first weights, dropout and the order of the samples.")
+    dataloader_num_workers: int = option(
+        -1, help="Processes that decode images for one training process; -1 chooses by the number of cores."
+    )
+    remove_unused_columns: bool = option(
+        False, help="Must stay off: the collator makes tensors of columns that the model does not know."
+    )
+
+    limits: ClassVar[Limits] = {
+        "num_train_epochs": POSITIVE,
+        "per_device_train_batch_size": AT_LEAST_ONE,
+        "per_device_eval_batch_size": AT_LEAST_ONE,
+        "gradient_accumulation_steps": AT_LEAST_ONE,
+        "learning_rate": POSITIVE,
+        "warmup_steps": AT_LEAST_ZERO,
+        "weight_decay": AT_LEAST_ZERO,
+        "max_grad_norm": AT_LEAST_ZERO,
+        "loss_chunk_tokens": AT_LEAST_ZERO,
+        "eval_strategy": Limit(choices=("no", "steps", "epoch")),
+        "eval_steps": POSITIVE,
+        "save_strategy": Limit(choices=("no", "steps", "epoch", "best")),
+        "save_steps": POSITIVE,
+        "save_total_limit": AT_LEAST_ONE,
+        "logging_steps": POSITIVE,
+        "dataloader_num_workers": Limit(low=-1),
+    }
