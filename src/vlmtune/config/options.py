@@ -98,13 +98,23 @@ class Checked:
         raise_problems(self.problems())
 
 
-def raise_problems(problems: list[str], *, where: str = "") -> None:
-    """Raise a :class:`ConfigError` that lists all ``problems``, if there are any."""
-    if len(problems) == 1:
-        raise ConfigError(f"{where}{problems[0]}")
-    if problems:
+class OptionsError(ConfigError):
+    """Several options that cannot be used.
+
+    Attributes:
+        problems: one sentence or two for each.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = list(problems)
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"{where}{len(problems)} options cannot be used:\n{listed}")
+        super().__init__(problems[0] if len(problems) == 1 else f"{len(problems)} options cannot be used:\n{listed}")
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raise an :class:`OptionsError` with all ``problems``, if there are any."""
+    if problems:
+        raise OptionsError(problems)
 
 
 def limit_problems(arguments: Any) -> list[str]:

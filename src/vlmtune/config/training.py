@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import transformers
 from transformers.utils import is_torch_bf16_gpu_available
 
-from vlmtune.config.options import limit_problems, raise_problems
+from vlmtune.config.options import OptionsError, limit_problems, raise_problems
 from vlmtune.config.training_options import TrainingOptions
-from vlmtune.errors import ConfigError
 
 
 @dataclass
@@ -48,7 +47,7 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
         try:
             super().__post_init__()
         except (ValueError, TypeError, ImportError, OSError) as error:
-            raise ConfigError(f"The training options cannot be used: {' '.join(str(error).split())}") from error
+            raise OptionsError([f"The training options cannot be used: {' '.join(str(error).split())}"]) from error
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each, before the base class sees them."""
