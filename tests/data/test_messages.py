@@ -162,7 +162,7 @@ def test_a_folder_names_its_splits(messages_file: Write) -> None:
     assert [sample.id for sample in read(folder, split="test")] == ["test/1", "test/2"]
     with pytest.raises(DataError, match="no split 'dev'; it has test, train"):
         load_samples(folder, split="dev")
-    with pytest.raises(DataError, match="one file without splits"):
+    with pytest.raises(DataError, match="its rows are not split; leave the split out"):
         load_samples(folder / "train.jsonl", split="train")
 
 

@@ -32,7 +32,7 @@ from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.runner import Progress, evaluate, format_table, read_predictions, score, scored_samples
 from vlmtune.models.checkpoint import is_adapter_dir
 from vlmtune.models.loading import load_model_for_inference
-from vlmtune.models.quantization import get_quantization_config
+from vlmtune.models.quantization import quantization_of
 
 logger = logging.getLogger("vlmtune.evaluation")
 EVALUATION_SPLITS = ("test", "validation", "val", "dev")
@@ -143,19 +143,12 @@ def load(
     model_args: BaseModelArguments, adapter_args: AdapterArguments, quantization_args: QuantizationArguments
 ) -> tuple[nn.Module, Any]:
     """Load model and processor for answering."""
-    compute_dtype = quantization_args.bnb_4bit_compute_dtype
     return load_model_for_inference(
         model_args.model_name_or_path,
         adapter=adapter_args.adapter,
         torch_dtype=model_args.torch_dtype,
         attn_implementation=model_args.attn_implementation,
-        quantization_config=get_quantization_config(
-            quantization_args.use_4bit,
-            quantization_args.use_8bit,
-            bnb_4bit_quant_type=quantization_args.bnb_4bit_quant_type,
-            bnb_4bit_compute_dtype=model_args.torch_dtype if compute_dtype == "auto" else compute_dtype,
-            bnb_4bit_use_double_quant=quantization_args.bnb_4bit_use_double_quant,
-        ),
+        quantization_config=quantization_of(quantization_args, model_args.torch_dtype),
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
     )

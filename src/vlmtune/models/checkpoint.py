@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlmtune.errors import AdapterError, ResumeError
-from vlmtune.models.provenance import base_fingerprint, quantization_record, versions
+from vlmtune.models.provenance import base_fingerprint, base_model, quantization_record, versions
 
 ORIGIN_FILE = "vlmtune_origin.json"
 
@@ -41,7 +41,7 @@ def save_model_and_processor(
     else:
         model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
     processor.save_pretrained(folder)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     origin = {
         "base_model": str(base.name_or_path),
         "base_fingerprint": base_fingerprint(model),
@@ -198,5 +198,5 @@ def _saved_versions(folder: str | Path) -> str:
 
 
 def _name(model: nn.Module) -> str:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     return str(getattr(base, "name_or_path", "") or type(base).__name__)

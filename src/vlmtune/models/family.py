@@ -13,6 +13,9 @@ from typing import Any, Literal
 Part = Literal["language", "projector", "vision", "head"]
 Scope = Literal["language", "projector", "vision"]
 
+# The linear layers of a Llama-like language model, as transformers calls them in most families.
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 # (height, width) of an upright image, in pixels.
 Size = tuple[int, int]
 # (processor) -> options that the processor gives to its image processor.

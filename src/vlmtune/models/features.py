@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vlmtune.errors import ModelError
 from vlmtune.models.family import Family
+from vlmtune.models.provenance import base_model
 
 logger = logging.getLogger("vlmtune.models")
 
@@ -214,8 +215,7 @@ def image_features(model: nn.Module, pixels: Mapping[str, Tensor]) -> Tensor:
         model: the loaded base model, or a PEFT model around it.
         pixels: the image processor's tensors.
     """
-    get_base = getattr(model, "get_base_model", None)
-    base: Any = model if get_base is None else get_base()
+    base = base_model(model)
     device = next(base.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in pixels.items()}
     features = base.get_image_features(**inputs, return_dict=True).pooler_output

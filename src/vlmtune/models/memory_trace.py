@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from vlmtune.errors import ModelError
 from vlmtune.models.family import Family
+from vlmtune.models.provenance import base_model
 
 # Called with (hidden (N, H), targets (N,), head); gives the summed loss.
 Loss = Callable[[Tensor, Tensor, nn.Module], Tensor]
@@ -113,8 +114,7 @@ def trace_step(model: nn.Module, family: Family, batch: Batch, loss: Loss, *, ac
     Raises:
         ModelError: the family's tower cannot be run without pixels.
     """
-    get_base = getattr(model, "get_base_model", None)
-    base: Any = model if get_base is None else get_base()
+    base = base_model(model)
     model.train()
     model.zero_grad(set_to_none=True)
     with _fused_attention(), CountingMode() as mode:

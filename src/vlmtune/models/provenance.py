@@ -40,6 +40,12 @@ def quantization_record(model: Any) -> dict[str, Any] | None:
     }
 
 
+def base_model(model: nn.Module) -> Any:
+    """Return the transformers model itself, out of PEFT's around it where there is one."""
+    get_base = getattr(model, "get_base_model", None)
+    return model if get_base is None else get_base()
+
+
 def base_fingerprint(model: nn.Module) -> str:
     """Return a short hash that tells the base weights of two models apart.
 
@@ -49,9 +55,7 @@ def base_fingerprint(model: nn.Module) -> str:
     Args:
         model: a loaded model, adapted by PEFT or not.
     """
-    get_base = getattr(model, "get_base_model", None)
-    base: Any = model if get_base is None else get_base()
-    weight = base.get_input_embeddings().weight.detach()
+    weight = base_model(model).get_input_embeddings().weight.detach()
     rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0])).long().to(weight.device)
     values = weight[rows].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(repr(tuple(weight.shape)).encode() + values).hexdigest()[:16]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from vlmtune.config import QuantizationArguments
 from vlmtune.errors import ConfigError, MissingDependencyError, ModelError, nearest
 from vlmtune.models.family import Family
 
@@ -87,6 +88,23 @@ def get_quantization_config(
         bnb_4bit_quant_type=bnb_4bit_quant_type,
         bnb_4bit_compute_dtype=get_torch_dtype(bnb_4bit_compute_dtype),
         bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+    )
+
+
+def quantization_of(arguments: QuantizationArguments, torch_dtype: str | torch.dtype) -> BitsAndBytesConfig | None:
+    """Return the configuration that options ask for; ``auto`` computes in the number format of the weights.
+
+    Args:
+        arguments: the options.
+        torch_dtype: number format of the weights.
+    """
+    compute_dtype = arguments.bnb_4bit_compute_dtype
+    return get_quantization_config(
+        arguments.use_4bit,
+        arguments.use_8bit,
+        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=torch_dtype if compute_dtype == "auto" else compute_dtype,
+        bnb_4bit_use_double_quant=arguments.bnb_4bit_use_double_quant,
     )
 
 

@@ -30,6 +30,7 @@ from vlmtune.models.features import (
     missing,
 )
 from vlmtune.models.loading import load_model_for_training, load_processor
+from vlmtune.models.provenance import base_model
 
 logger = logging.getLogger("vlmtune.training")
 
@@ -113,7 +114,7 @@ def why_not_cached(model: Any, family: Family) -> str | None:
     """Return why image features cannot be kept, or ``None``: they must not change while the model is trained."""
     if not family.feature_cache:
         return f"{family.name} does not take prepared image features"
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     for part in ("vision", "projector"):
         place = family.parts[part]
         if any(parameter.requires_grad for parameter in base.get_submodule(place).parameters()):
@@ -135,7 +136,7 @@ def open_feature_cache(model: Any, family: Family, processor: Any, data_args: VL
             raise ConfigError(f"cache_image_features is on, but {reason}. Set it to auto or off.")
         logger.info("image features are computed in every step: %s", reason)
         return None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     root = Path(data_args.cache_dir).expanduser() if data_args.cache_dir else default_cache_dir()
     key = features_key(base, family, processor, dtype=next(base.parameters()).dtype)
     return FeatureCache(root, key, max_gb=data_args.cache_max_gb)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-IGNORE_INDEX = -100
+from vlmtune.batching.collator import IGNORE_INDEX
+from vlmtune.models.provenance import base_model
+
 # Logits held at once: 2**26 float32 numbers are 256 MiB.
 LOGITS_AT_ONCE = 2**26
 
@@ -166,8 +168,7 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
         model: a vision-language model with an LM head, or a PEFT model around one.
         chunk_tokens: as in :func:`chunked_cross_entropy`.
     """
-    get_base = getattr(model, "get_base_model", None)
-    base: Any = model if get_base is None else get_base()
+    base = base_model(model)
     original = base.forward
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
 

@@ -23,7 +23,7 @@ from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
-from vlmtune.models.quantization import get_quantization_config, get_torch_dtype
+from vlmtune.models.quantization import get_torch_dtype, quantization_of
 from vlmtune.models.sizing import count_parameters, format_parameter_table
 from vlmtune.training.environment import setup_training_environment
 from vlmtune.training.image_reuse import (
@@ -120,7 +120,7 @@ def run_training(
 
     model = load_model_for_training(
         model_args.model_name_or_path,
-        quantization_config=get_quantization_config(**_quantization(model_args)),
+        quantization_config=quantization_of(model_args, model_args.torch_dtype),
         torch_dtype=model_args.torch_dtype,
         attn_implementation=model_args.attn_implementation,
         **origin,
@@ -129,7 +129,8 @@ def run_training(
         model = setup_lora(model, **vars(model_args))
     else:
         model = prepare_full_finetuning(model, parts=model_args.train_parts)
-    logger.info("trainable parameters:\n%s", format_parameter_table(count_parameters(model)))
+    parameters = count_parameters(model)
+    logger.info("trainable parameters:\n%s", format_parameter_table(parameters))
     trainer = create_trainer(
         model=model,
         args=training_args,
@@ -149,7 +150,7 @@ def run_training(
             output_dir,
             arguments={"model": model_args, "data": data_args, "training": training_args},
             data=_data_record(train_data, train_scan, eval_data, eval_scan),
-            model={"name": model_args.model_name_or_path, "family": family.name, "parameters": count_parameters(model)},
+            model={"name": model_args.model_name_or_path, "family": family.name, "parameters": parameters},
             status="training",
         )
     return _train_and_save(trainer, output_dir, checkpoint, left_out)
@@ -296,14 +297,6 @@ def _usable(
     logger.info("%s data: %s", name, found.summary())
     dataset = data.dataset if len(found.kept) == len(data.dataset) else data.dataset.select(found.kept)
     return dataset, found
-
-
-def _quantization(model_args: ModelWithLoRAArguments) -> dict[str, Any]:
-    names = ("use_4bit", "use_8bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant")
-    options = {name: getattr(model_args, name) for name in names}
-    if options["bnb_4bit_compute_dtype"] == "auto":
-        options["bnb_4bit_compute_dtype"] = get_torch_dtype(model_args.torch_dtype)
-    return options
 
 
 def _quarantined(data: LoadedData) -> list[tuple[str, str]]:

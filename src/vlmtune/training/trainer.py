@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
-from vlmtune.batching.collator import BaseVLMDataCollator
+from vlmtune.batching.collator import IGNORE_INDEX, BaseVLMDataCollator
 from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
 from vlmtune.models.checkpoint import is_adapter_dir, load_adapter, load_full_weights, save_model_and_processor
 from vlmtune.models.families import get_family
 from vlmtune.training.callbacks import LoggingCallback
-from vlmtune.training.loss import IGNORE_INDEX, install_supervised_loss, targets_from_labels
+from vlmtune.training.loss import install_supervised_loss, targets_from_labels
 from vlmtune.training.shared_rows import shared_row_inputs
 
 IdsByBatch = list[list[str]]

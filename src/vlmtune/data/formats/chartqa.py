@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.formats.base import Format, Source
-from vlmtune.data.formats.files import SPLITS, find_folder, first_keys, json_rows, require_split, samples_of
+from vlmtune.data.formats.files import SPLITS, chosen, find_folder, first_keys, id_prefix, json_rows, samples_of
 from vlmtune.data.formats.questions import question_sample
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import ImageRef, Sample
@@ -29,12 +29,9 @@ def splits(path: Path) -> tuple[str, ...]:
 
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a question."""
-    found = _files(source.path)
-    require_split(source, found)
-    for split, files in found.items():
-        if source.split in (None, split):
-            for file in files:
-                yield from _load_file(file, f"{split}/" if split else "", source, quarantine)
+    for split, files in chosen(source, _files(source.path)):
+        for file in files:
+            yield from _load_file(file, id_prefix(split), source, quarantine)
 
 
 def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:

@@ -12,14 +12,7 @@ from typing import Any
 
 from vlmtune.data.formats.base import Format, Source
 from vlmtune.data.formats.captions import Caption, caption_samples
-from vlmtune.data.formats.files import (
-    find_folder,
-    has_keys,
-    json_list,
-    name_splits,
-    plain_name,
-    require_split,
-)
+from vlmtune.data.formats.files import chosen, find_folder, has_keys, id_prefix, json_list, name_splits, plain_name
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
 
@@ -36,16 +29,12 @@ def splits(path: Path) -> tuple[str, ...]:
 
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a caption, the captions of an image together."""
-    files = _files(source.path)
-    require_split(source, files)
-    for split, file in files.items():
-        if source.split in (None, split):
-            names = _image_names(json_list(file, "images"), file, quarantine)
-            known = list(names.values())[:20]
-            images = find_folder(known, _image_folders(file), source, file.name)
-            captions = _captions(json_list(file, "annotations"), names, split or None, file, quarantine)
-            prefix = f"{split}/" if split else ""
-            yield from caption_samples(captions, images, source.prompt, quarantine, prefix=prefix)
+    for split, file in chosen(source, _files(source.path)):
+        names = _image_names(json_list(file, "images"), file, quarantine)
+        known = list(names.values())[:20]
+        images = find_folder(known, _image_folders(file), source, file.name)
+        captions = _captions(json_list(file, "annotations"), names, split or None, file, quarantine)
+        yield from caption_samples(captions, images, source.prompt, quarantine, prefix=id_prefix(split))
 
 
 def _image_names(rows: list[Any], file: Path, quarantine: Quarantine) -> dict[Any, str]:

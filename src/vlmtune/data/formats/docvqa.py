@@ -13,13 +13,14 @@ from typing import Any
 from vlmtune.data.formats.base import Format, Source
 from vlmtune.data.formats.files import (
     RowError,
+    chosen,
     find_folder,
     has_keys,
+    id_prefix,
     is_file,
     json_list,
     name_splits,
     plain_name,
-    require_split,
     samples_of,
 )
 from vlmtune.data.formats.questions import question_sample
@@ -41,11 +42,8 @@ def splits(path: Path) -> tuple[str, ...]:
 
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a question."""
-    files = _files(source.path)
-    require_split(source, files)
-    for split, file in files.items():
-        if source.split in (None, split):
-            yield from _load_file(file, f"{split}/" if split else "", source, quarantine)
+    for split, file in chosen(source, _files(source.path)):
+        yield from _load_file(file, id_prefix(split), source, quarantine)
 
 
 def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:

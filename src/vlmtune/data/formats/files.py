@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from vlmtune.data.formats.base import Source
 from vlmtune.data.quarantine import Quarantine
@@ -21,6 +21,8 @@ SPLITS = ("train", "validation", "val", "test", "dev")
 HEAD = 65_536
 
 Layout = Literal["lines", "list", "object"]
+# What holds a split: a file, several, a folder.
+Part = TypeVar("Part")
 
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|val|test|dev)(?![a-z])", re.IGNORECASE)
 _KEY = re.compile(r'"(\w+)"\s*:')
@@ -209,6 +211,21 @@ def require_split(source: Source, known: Collection[str]) -> None:
     names = [name for name in known if name]
     has = f"it has {', '.join(names)}" if names else "its rows are not split; leave the split out"
     raise DataError(f"{source.path} has no split {source.split!r}; {has}.{nearest(source.split, names)}")
+
+
+def chosen(source: Source, parts: Mapping[str, Part]) -> Iterator[tuple[str, Part]]:
+    """Yield the split asked for, or all of them, each with what holds it.
+
+    Raises:
+        DataError: the data does not have that split.
+    """
+    require_split(source, parts)
+    yield from ((split, part) for split, part in parts.items() if source.split in (None, split))
+
+
+def id_prefix(split: str) -> str:
+    """What a split's sample ids begin with; nothing where the data names no split."""
+    return f"{split}/" if split else ""
 
 
 def find_folder(names: Sequence[str], candidates: Iterable[Path], source: Source, what: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlmtune.data.formats.base import Format, Source, first_line
 from vlmtune.data.formats.captions import Caption, caption_samples
-from vlmtune.data.formats.files import SPLITS, require_split
+from vlmtune.data.formats.files import SPLITS, chosen, id_prefix
 from vlmtune.data.images import EXTENSIONS
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -34,13 +34,9 @@ def splits(path: Path) -> tuple[str, ...]:
 
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a pair; an image without text, or a text without image, is set aside."""
-    folders = _folders(source.path)
-    require_split(source, folders)
-    for split, folder in folders.items():
-        if source.split in (None, split):
-            captions = _captions(folder, quarantine)
-            prefix = f"{split}/" if split else ""
-            yield from caption_samples(captions, folder, source.prompt, quarantine, prefix=prefix)
+    for split, folder in chosen(source, _folders(source.path)):
+        captions = _captions(folder, quarantine)
+        yield from caption_samples(captions, folder, source.prompt, quarantine, prefix=id_prefix(split))
 
 
 def _captions(folder: Path, quarantine: Quarantine) -> Iterator[Caption]:

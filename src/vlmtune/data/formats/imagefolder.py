@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmtune.data.formats.base import Format, Source, first_line
 from vlmtune.data.formats.captions import Caption, caption_samples
-from vlmtune.data.formats.files import SPLITS, RowError, first_keys, json_rows, require_split, samples_of
+from vlmtune.data.formats.files import SPLITS, RowError, chosen, first_keys, id_prefix, json_rows, samples_of
 from vlmtune.data.formats.rows import CAPTION_COLUMNS, make_sample, shape_of
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -34,11 +34,8 @@ def splits(path: Path) -> tuple[str, ...]:
 
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a row, the captions of an image together."""
-    files = _files(source.path)
-    require_split(source, files)
-    for split, file in files.items():
-        if source.split in (None, split):
-            yield from _load_file(file, f"{split}/" if split else "", source, quarantine)
+    for split, file in chosen(source, _files(source.path)):
+        yield from _load_file(file, id_prefix(split), source, quarantine)
 
 
 def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from vlmtune.data.formats.base import Format, Source
-from vlmtune.data.formats.files import first_keys, json_rows, plain_name, samples_of
+from vlmtune.data.formats.files import chosen, first_keys, id_prefix, json_rows, plain_name, samples_of
 from vlmtune.data.formats.rows import make_sample
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
-from vlmtune.errors import DataError, nearest
 
 SUFFIXES = (".jsonl", ".json")
 
@@ -41,17 +40,8 @@ def row_format(*, name: str, looks_like: str, wants: Callable[[Collection[str]],
 
     def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
         found = files(source.path) if source.path.is_dir() else {"": source.path}
-        if source.split is not None and source.path.is_file():
-            raise DataError(
-                f"{source.path} is one file without splits; leave the split out, or name a folder of files."
-            )
-        if source.split is not None and source.split not in found:
-            raise DataError(
-                f"{source.path} has no split {source.split!r}; it has {', '.join(found)}.{nearest(source.split, found)}"
-            )
-        for split, file in found.items():
-            if source.split in (None, split):
-                yield from _load_file(file, f"{split}/" if split else "", source, quarantine)
+        for split, file in chosen(source, found):
+            yield from _load_file(file, id_prefix(split), source, quarantine)
 
     return Format(name=name, looks_like=looks_like, detect=detect, splits=splits, load=load)
 

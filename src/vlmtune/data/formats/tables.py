@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmtune.data.formats.base import Format, Source
-from vlmtune.data.formats.files import require_split, samples_of, split_name
+from vlmtune.data.formats.files import chosen, id_prefix, samples_of, split_name
 from vlmtune.data.formats.rows import make_sample, shape_of
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -38,14 +38,10 @@ def splits(path: Path) -> tuple[str, ...]:
 
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a row."""
-    found = _files(source.path)
-    require_split(source, found)
-    for split, files in found.items():
-        if source.split not in (None, split):
-            continue
+    for split, files in chosen(source, _files(source.path)):
         first = 0
         for file in files:
-            yield from _load_file(file, first, f"{split}/" if split else "", source, quarantine)
+            yield from _load_file(file, first, id_prefix(split), source, quarantine)
             first += _count(file)
 
 

@@ -17,6 +17,7 @@ from vlmtune.data.formats.files import (
     RowError,
     find_folder,
     has_keys,
+    id_prefix,
     is_file,
     json_list,
     name_splits,
@@ -50,7 +51,7 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     answered = [split for split, file in files.items() if _annotations_file(file)]
     for split, file in files.items():
         if split == source.split or (source.split is None and (split in answered or not answered)):
-            yield from _load_file(file, f"{split}/" if split else "", source, quarantine)
+            yield from _load_file(file, id_prefix(split), source, quarantine)
 
 
 def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:

@@ -1,8 +1,6 @@
 """Gemma-3 (4B, 12B, 27B): SigLIP tower, average-pooling projector, sliding and full attention layers."""
 
-from vlmtune.models.family import Family
-
-ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from vlmtune.models.family import ATTENTION_AND_MLP, Family
 
 GEMMA3 = Family(
     name="gemma3",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmtune.models.family import Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
 
 def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
@@ -28,7 +28,7 @@ IDEFICS3 = Family(
         "head": "lm_head",
     },
     lora_targets={
-        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language": ATTENTION_AND_MLP,
         "projector": ("proj",),
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },

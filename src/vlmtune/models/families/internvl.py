@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmtune.models.family import Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
 
 def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
@@ -27,7 +27,7 @@ INTERNVL = Family(
         "head": "lm_head",
     },
     lora_targets={
-        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language": ATTENTION_AND_MLP,
         "projector": ("linear_1", "linear_2"),
         "vision": ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"),
     },

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.models.family import Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
 
 def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
@@ -40,7 +40,7 @@ LLAVA = Family(
         "head": "lm_head",
     },
     lora_targets={
-        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language": ATTENTION_AND_MLP,
         "projector": ("linear_1", "linear_2"),
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },

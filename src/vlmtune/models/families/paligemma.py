@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmtune.models.family import Family
+from vlmtune.models.family import ATTENTION_AND_MLP, Family
 
 
 def render(processor: Any, messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
@@ -45,7 +45,7 @@ PALIGEMMA = Family(
         "head": "lm_head",
     },
     lora_targets={
-        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language": ATTENTION_AND_MLP,
         "projector": ("linear",),
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },

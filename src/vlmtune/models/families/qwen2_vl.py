@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.models.family import Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
 
 def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ QWEN2_VL = Family(
         "head": "lm_head",
     },
     lora_targets={
-        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "language": ATTENTION_AND_MLP,
         "projector": ("0", "2"),
         "vision": ("qkv", "proj", "fc1", "fc2"),
     },
@@ -97,7 +97,7 @@ QWEN2_5_VL = dataclasses.replace(
     model_class="Qwen2_5_VLForConditionalGeneration",
     processor_class="Qwen2_5_VLProcessor",
     lora_targets={
-        "language": QWEN2_VL.lora_targets["language"],
+        "language": ATTENTION_AND_MLP,
         "projector": ("0", "2"),
         "vision": ("qkv", "proj", "gate_proj", "up_proj", "down_proj"),
     },
@@ -114,7 +114,7 @@ QWEN3_VL = dataclasses.replace(
     model_class="Qwen3VLForConditionalGeneration",
     processor_class="Qwen3VLProcessor",
     lora_targets={
-        "language": QWEN2_VL.lora_targets["language"],
+        "language": ATTENTION_AND_MLP,
         "projector": ("linear_fc1", "linear_fc2"),
         # The mergers of the layers that are added deeper in the language model lie in the tower.
         "vision": ("qkv", "proj", "linear_fc1", "linear_fc2"),
