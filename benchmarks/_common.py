@@ -152,10 +152,11 @@ def vlmtune_trainer(
     *,
     dtype: str = "float32",
     shuffle: bool = False,
+    lora: tuple[int, int] = (16, 32),
     max_texts: int | None = None,
     callbacks: list[Any] | None = None,
 ) -> tuple[Any, float]:
-    """Make vlmtune's trainer with LoRA of rank 16 on the language model.
+    """Make vlmtune's trainer with LoRA on the language model.
 
     Args:
         mode: ``separate``, ``shared``, or ``cached``: shared, with every image's features computed before.
@@ -164,6 +165,7 @@ def vlmtune_trainer(
         args: ``TrainingArguments``.
         dtype: number format of the weights.
         shuffle: draw samples, or whole groups, at random; else the rows are taken in their order.
+        lora: the adapters' rank and alpha.
         max_texts: most texts of an image in one batch.
         callbacks: the trainer's.
 
@@ -186,7 +188,7 @@ def vlmtune_trainer(
     model = load_model_for_training(model_path, torch_dtype=dtype)
     family = get_family(model)
     torch.manual_seed(args.seed)
-    model = setup_lora(model, lora_r=16, lora_alpha=32, lora_dropout=0.0)
+    model = setup_lora(model, lora_r=lora[0], lora_alpha=lora[1], lora_dropout=0.0)
     rows = with_image_keys(data)
     collator = (BaseVLMDataCollator if mode == "separate" else SharedImageCollator)(processor, family)
     sampler = None

@@ -118,9 +118,9 @@ def plot(points: list[dict[str, Any]], slopes: dict[str, dict[str, dict[str, flo
                 panel.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
                 panel.yaxis.set_major_formatter("{x:g}")
                 panel.yaxis.set_minor_locator(plt.NullLocator())
-            else:
-                panel.set_ylim(bottom=0)
         panels[row][0].set_ylabel(label)
+    # The panels of a row share this axis: a limit set while drawing would hide what the later ones hold.
+    panels[1][0].set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

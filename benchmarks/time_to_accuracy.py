@@ -97,6 +97,7 @@ def worker(args: argparse.Namespace) -> None:
         load_samples("easy-vqa", split="train").dataset,
         recipe.training,
         shuffle=True,
+        lora=(recipe.model.lora_r, recipe.model.lora_alpha),
         max_texts=int(most) if most else None,
         callbacks=[callback],
     )
