@@ -131,3 +131,5 @@ def test_the_training_script_trains_by_flags_or_recipe_and_resumes(
     assert (out / "checkpoint-3" / "chat_template.jinja").exists() and (out / "adapter_model.safetensors").exists()
     with pytest.raises(vlmtune.VlmtuneError, match="There is no model at"):
         run(str(recipe), "--output_dir", str(tmp_path / "other"), "--model_name_or_path", "./nowhere")
+    with pytest.raises(vlmtune.VlmtuneError, match="eval_answers works with `vlmtune train`"):
+        run(str(recipe), "--eval_strategy", "epoch", "--eval_answers", "2")

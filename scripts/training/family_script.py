@@ -51,4 +51,4 @@ def train(flags: list[str], families: tuple[str, ...]) -> None:
             f"{name} is a {found.name} model; this script trains {' and '.join(families)}. Use the script of its "
             "family, or `vlmtune train`, which takes all."
         )
-    run_training(recipe.model, recipe.data, recipe.training)
+    run_training(*recipe)

@@ -56,6 +56,9 @@ def read_arguments() -> tuple[ModelWithLoRAArguments, VLMDataArguments, Training
         raise SystemExit(0)
     recipe_path = flags.pop(0) if flags and not flags[0].startswith("--") else None
     recipe = parse_recipe(flags, recipe_path)
+    for name in ("eval_answers", "early_stopping_patience"):
+        if getattr(recipe.training, name):
+            raise ConfigError(f"{name} works with `vlmtune train`; this script takes the evaluation loss alone.")
     return recipe.model, recipe.data, recipe.training
 
 

@@ -9,7 +9,7 @@ from vlmtune.cli.common import asks_help, print_help, progress, recipe_and_flags
 
 def train(argv: list[str]) -> int:
     """Fine-tune as a recipe says."""
-    from vlmtune.config import ModelWithLoRAArguments, VLMDataArguments
+    from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, VLMDataArguments
 
     if asks_help(argv):
         from vlmtune.config.training_options import TrainingOptions
@@ -18,9 +18,10 @@ def train(argv: list[str]) -> int:
             "usage: vlmtune train [RECIPE.yaml] [--option value ...]\n\n"
             "Fine-tunes a model. A recipe is a YAML file of the options below, one 'option: value' a line; flags\n"
             "override it. The data, the options and every text's length are checked before any weight loads.",
-            [ModelWithLoRAArguments, VLMDataArguments, TrainingOptions],
+            [ModelWithLoRAArguments, VLMDataArguments, TrainingOptions, EvaluationArguments],
             "All other options of transformers.TrainingArguments work too.",
             required=["output_dir"],
+            without=("eval_samples", "honesty"),
         )
         return 0
     from vlmtune.config import parse_recipe
@@ -29,7 +30,9 @@ def train(argv: list[str]) -> int:
     recipe_path, flags = recipe_and_flags(argv)
     recipe = parse_recipe(flags, recipe_path)
     recipe.training.disable_tqdm = recipe.training.disable_tqdm or not sys.stderr.isatty()
-    result = run_training(recipe.model, recipe.data, recipe.training, progress=progress("Image features"))
+    result = run_training(
+        recipe.model, recipe.data, recipe.training, recipe.evaluation, progress=progress("Image features")
+    )
     print(f"\nDone: {result.steps} steps in {result.seconds:.0f} s. In {result.output_dir}:")
     print(
         "  the adapter or model with its processor; run.json (options, versions, data); log.jsonl (every logged step)"

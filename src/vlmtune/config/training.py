@@ -46,6 +46,8 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
         if not torch.cuda.is_available():
             # Pinned memory serves copies to an accelerator; without one PyTorch warns.
             self.dataloader_pin_memory = False
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
         if self.dataloader_num_workers < 0:
             self.dataloader_num_workers = default_workers()
         try:
@@ -58,6 +60,12 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
         found = limit_problems(self)
         if self.fp16 and self.bf16:
             found.append("fp16 and bf16 are both on; choose one of them.")
+        if self.eval_strategy == "no":
+            found += [
+                f"{name} is set, but eval_strategy is no; set it to steps or epoch."
+                for name in ("eval_answers", "early_stopping_patience")
+                if getattr(self, name)
+            ]
         return found
 
 

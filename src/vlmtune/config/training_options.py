@@ -69,11 +69,25 @@ class TrainingOptions:
     )
     eval_strategy: str = option("no", help="When the evaluation loss is taken: no, steps or epoch.")
     eval_steps: float | None = option(None, help="Steps between evaluations, with eval_strategy steps.")
+    eval_answers: int = option(
+        0,
+        help="Also answer this many evaluation samples at each evaluation, the same each time, and score them with "
+        "metrics; 0 takes the loss alone.",
+    )
+    max_eval_seconds: float | None = option(
+        None, help="Begin no further answers of an evaluation after this time; the log says how many were scored."
+    )
+    metric_for_best_model: str | None = option(
+        None, help="What the best checkpoint is chosen by: loss, or a metric of the answers such as cider."
+    )
+    early_stopping_patience: int | None = option(
+        None, help="Stop after this many evaluations in a row that were not better than the best one."
+    )
     save_strategy: str = option("steps", help="When checkpoints are written: no, steps, epoch or best.")
     save_steps: float = option(500, help="Steps between checkpoints; a number below 1 is a share of all steps.")
     save_total_limit: int | None = option(2, help="Checkpoints to keep; older ones are deleted.")
     load_best_model_at_end: bool = option(
-        False, help="Finish with the checkpoint of the lowest evaluation loss instead of the last one."
+        False, help="Finish with the best checkpoint, by metric_for_best_model, instead of the last one."
     )
     resume: bool = option(False, help="Go on with the run in output_dir from its latest checkpoint.")
     resume_from_checkpoint: str | None = option(
@@ -105,6 +119,9 @@ class TrainingOptions:
         "loss_chunk_tokens": AT_LEAST_ZERO,
         "eval_strategy": Limit(choices=("no", "steps", "epoch")),
         "eval_steps": POSITIVE,
+        "eval_answers": AT_LEAST_ZERO,
+        "max_eval_seconds": POSITIVE,
+        "early_stopping_patience": AT_LEAST_ONE,
         "save_strategy": Limit(choices=("no", "steps", "epoch", "best")),
         "save_steps": POSITIVE,
         "save_total_limit": AT_LEAST_ONE,

@@ -60,7 +60,9 @@ def run_demo(output_dir: Path | None, *, questions: int, progress: MakeProgress)
     flags = ["--model_name_or_path", str(model_folder()), "--output_dir", str(folder / "adapter")]
     recipe = parse_recipe([*flags, "--cache_dir", str(folder / "feature_cache")], Path(str(recipe_path)))
     recipe.training.disable_tqdm = not sys.stderr.isatty()
-    result = run_training(recipe.model, recipe.data, recipe.training, progress=progress("Image features"))
+    result = run_training(
+        recipe.model, recipe.data, recipe.training, recipe.evaluation, progress=progress("Image features")
+    )
     logger.info("scoring the tuned model")
     generator = _generator(str(result.output_dir))
     tuned = _score(generator, str(result.output_dir), test, folder / "tuned", progress("Tuned model"))

@@ -69,4 +69,10 @@ class LoggingCallback(ProgressCallback):
                 parts.append(f"data wait {logs['data_wait_share']:.0%}")
             logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(parts))
         elif "eval_loss" in logs:
-            logger.info("step %d/%d: evaluation loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])
+            parts = [f"evaluation loss {logs['eval_loss']:.4f}"]
+            if "eval_answers" in logs:
+                timing = ("runtime", "samples_per_second", "steps_per_second", "loss", "answers", "answer_seconds")
+                scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+                parts += [f"{name} {value:.4f}" for name, value in scores.items() if name not in timing]
+                parts.append(f"{logs['eval_answers']} answers in {logs['eval_answer_seconds']:.1f} s")
+            logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(parts))

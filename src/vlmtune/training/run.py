@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import EarlyStoppingCallback
 
 from vlmtune.batching.collator import BaseVLMDataCollator, SharedImageCollator
 from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.batching.scan import Scan, scan
 from vlmtune.batching.sharing import describe_saving
-from vlmtune.config import ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
+from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
+from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import LoadedData, fingerprint, load_train_and_eval
-from vlmtune.errors import OutputError, ResumeError
+from vlmtune.errors import ConfigError, OutputError, ResumeError
 from vlmtune.models.checkpoint import save_model_and_processor
 from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
@@ -25,6 +27,7 @@ from vlmtune.models.loading import load_config, load_model_for_training, load_pr
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
 from vlmtune.models.quantization import get_torch_dtype, quantization_of
 from vlmtune.models.sizing import count_parameters, format_parameter_table
+from vlmtune.training.answer_scores import AnswerScorer, choose_best_by
 from vlmtune.training.environment import setup_training_environment
 from vlmtune.training.image_reuse import (
     Progress,
@@ -64,6 +67,7 @@ def run_training(
     model_args: ModelWithLoRAArguments,
     data_args: VLMDataArguments,
     training_args: TrainingArguments,
+    evaluation_args: EvaluationArguments | None = None,
     *,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -73,6 +77,7 @@ def run_training(
         model_args: the model, its precision and adapters.
         data_args: the data, and how images are reused.
         training_args: the training.
+        evaluation_args: how answers are generated and scored, where ``eval_answers`` asks for them.
         progress: shows how far the image features are.
 
     Everything that can be found wrong without weights is found before they load: the output directory, the
@@ -114,6 +119,9 @@ def run_training(
     if share:
         train_set = _with_keys(train_set, train_scan, processor, data_args)
         eval_set = with_image_keys(eval_set) if eval_set is not None else None
+    scorer = _answer_scorer(eval_data, eval_set, processor, data_args, training_args, evaluation_args)
+    choose_best_by(training_args, list(scorer.metrics) if scorer else [])
+    patience = training_args.early_stopping_patience
     left_out = [*_quarantined(train_data), *train_scan.left_out]
     if eval_data is not None and eval_scan is not None:
         left_out = list(dict.fromkeys([*left_out, *_quarantined(eval_data), *eval_scan.left_out]))
@@ -139,6 +147,8 @@ def run_training(
         data_collator=collator,
         processor=processor,
         train_sampler=_sampler(train_set, train_scan, data_args, training_args) if share else None,
+        answer_scorer=scorer,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
     if isinstance(collator, SharedImageCollator):
         sets = [dataset for dataset in (train_set, eval_set) if dataset is not None]
@@ -178,6 +188,34 @@ def _sampler(dataset: Any, found: Scan, data_args: VLMDataArguments, args: Train
         seed=args.data_seed if args.data_seed is not None else args.seed,
         rank=args.process_index,
         world_size=args.world_size,
+    )
+
+
+def _answer_scorer(
+    data: LoadedData | None,
+    rows: Any,
+    processor: Any,
+    data_args: VLMDataArguments,
+    args: TrainingArguments,
+    evaluation_args: EvaluationArguments | None,
+) -> AnswerScorer | None:
+    if not args.eval_answers:
+        return None
+    if data is None:
+        raise ConfigError(
+            "eval_answers is set, but there is no evaluation data. Set eval_split, eval_dataset_path or "
+            "validation_fraction."
+        )
+    options = evaluation_args or EvaluationArguments()
+    return AnswerScorer(
+        rows,
+        processor,
+        options.metrics or FORMATS[data.format].metrics,
+        options,
+        count=args.eval_answers,
+        seed=data_args.split_seed,
+        max_seconds=args.max_eval_seconds,
+        max_pixels=data_args.max_pixels,
     )
 
 

@@ -24,6 +24,8 @@ from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
 from vlmtune.models.checkpoint import is_adapter_dir, load_adapter, load_full_weights, save_model_and_processor
 from vlmtune.models.families import get_family
+from vlmtune.training.answer_pictures import show_answers
+from vlmtune.training.answer_scores import AnswerScorer
 from vlmtune.training.callbacks import LoggingCallback
 from vlmtune.training.loss import install_supervised_loss, targets_from_labels
 from vlmtune.training.shared_rows import shared_row_inputs
@@ -48,6 +50,7 @@ class MemoryEfficientTrainer(Trainer):
         *args: as ``transformers.Trainer``.
         loss_chunk_tokens: supervised tokens the LM head takes at a time; 0 chooses by the vocabulary.
         train_sampler: makes the training batches of this rank; the base class's random ones by default.
+        answer_scorer: scores generated answers at each evaluation; by default the loss alone is taken.
         **kwargs: as ``transformers.Trainer``; ``processing_class`` is the processor.
     """
 
@@ -56,6 +59,7 @@ class MemoryEfficientTrainer(Trainer):
         *args: Any,
         loss_chunk_tokens: int = 0,
         train_sampler: ImageGroupSampler | None = None,
+        answer_scorer: AnswerScorer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -65,6 +69,7 @@ class MemoryEfficientTrainer(Trainer):
         install_supervised_loss(self.model, chunk_tokens=loss_chunk_tokens)
         self.family = get_family(self.accelerator.unwrap_model(self.model))
         self.train_sampler = train_sampler
+        self.answer_scorer = answer_scorer
         self._step_ids: IdsByBatch = []
         self._eval_sums = self._no_sums()
         self.data_wait_seconds = 0.0
@@ -181,13 +186,24 @@ class MemoryEfficientTrainer(Trainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Run the base loop, then weight the loss by supervised tokens instead of by batches."""
+        """Run the base loop, weight the loss by supervised tokens instead of by batches, and score answers."""
         self._eval_sums = self._no_sums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
         if count:
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        if self.answer_scorer is not None:
+            output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in self._answer_scores().items()})
         return output
+
+    def _answer_scores(self) -> dict[str, float]:
+        assert self.answer_scorer is not None
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        with self.compute_loss_context_manager():
+            scores, answered = self.answer_scorer(model, rank=args.process_index, world_size=args.world_size)
+        if self.is_world_process_zero():
+            show_answers(self.callback_handler.callbacks, answered, self.state.global_step)
+        return scores
 
     def _no_sums(self) -> Tensor:
         """Loss and supervised tokens of an evaluation without batches."""

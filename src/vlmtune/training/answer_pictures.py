@@ -1,0 +1,62 @@
+"""A few evaluation answers with their pictures, for the trackers that show pictures: TensorBoard and W&B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from vlmtune.data.images import decode
+from vlmtune.training.answer_scores import Answered
+
+SHOWN = 4
+SIDE = 320
+
+
+def show_answers(callbacks: Iterable[Any], answered: Sequence[Answered], step: int) -> None:
+    """Give the first answers to every tracker among the trainer's callbacks that shows pictures.
+
+    Args:
+        callbacks: the trainer's.
+        answered: the evaluation's answers; the first are the same samples each time, so that they can be compared.
+        step: optimizer steps done.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            _to_tensorboard(callback.tb_writer, answered[:SHOWN], step)
+        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+            _to_wandb(callback._wandb, answered[:SHOWN], step)
+
+
+def _to_tensorboard(writer: Any, answered: Sequence[Answered], step: int) -> None:
+    for number, one in enumerate(answered):
+        # TensorBoard renders Markdown: indented lines stay as they are.
+        lines = [f"{name}: {value}" for name, value in zip(_COLUMNS, _texts(one), strict=True)]
+        writer.add_text(f"answers/{number}", "\n".join("    " + line for line in "\n".join(lines).splitlines()), step)
+        for place, picture in enumerate(_pictures(one)):
+            tag = f"answers/{number}" + (f".{place}" if place else "")
+            writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+
+
+def _to_wandb(wandb: Any, answered: Sequence[Answered], step: int) -> None:
+    rows = [[[wandb.Image(picture) for picture in _pictures(one)], *_texts(one)] for one in answered]
+    table = wandb.Table(columns=["images", *_COLUMNS], data=rows)
+    wandb.log({"eval/answers": table, "train/global_step": step})
+
+
+_COLUMNS = ("id", "prompt", "answer", "references")
+
+
+def _texts(one: Answered) -> tuple[str, str, str, str]:
+    prompt = "\n".join(message.text for message in one.sample.prompt if message.role == "user")
+    return one.sample.id, prompt, one.answer, " | ".join(one.sample.references)
+
+
+def _pictures(one: Answered) -> list[Image.Image]:
+    pictures = [decode(image) for image in one.sample.images]
+    for picture in pictures:
+        picture.thumbnail((SIDE, SIDE))
+    return pictures
