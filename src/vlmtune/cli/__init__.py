@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from vlmtune.cli.cache_features import cache_features
+from vlmtune.cli.chat import chat
 from vlmtune.cli.check import check
 from vlmtune.cli.common import set_up_output
 from vlmtune.cli.compare import compare
@@ -24,6 +25,7 @@ from vlmtune.cli.metrics import metrics
 from vlmtune.cli.predict import predict
 from vlmtune.cli.preview import preview
 from vlmtune.cli.report import report
+from vlmtune.cli.serve import serve
 from vlmtune.cli.train import train
 from vlmtune.errors import ConfigError, VlmtuneError, nearest
 
@@ -42,7 +44,9 @@ commands:
   report FOLDER ... [--output FILE]       write a page of runs and evaluations: scores, pictures, curves
   compare RUN RUN ... [--output FILE]     compare runs: recipes, scores with intervals, samples that flipped
   metrics                                 list the metrics
-  predict MODEL IMAGE ... [--prompt TEXT] answer a question about images with a model or adapter
+  predict MODEL IMAGE ... [--prompt TEXT] answer questions about images, folders of them, or files of questions
+  chat MODEL [--option value ...]         talk with a model in the terminal, with images by path
+  serve MODEL [--option value ...]        serve a model to programs that speak OpenAI's chat API
   demo [--output_dir DIR]                 tune the tiny model that comes with vlmtune, and show what it learned
   cache-features [RECIPE] [--option ...]  compute image features ahead of training
   families                                list the families of models, and what is supported for each
@@ -63,6 +67,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "metrics": metrics,
     "predict": predict,
+    "chat": chat,
+    "serve": serve,
     "cache-features": cache_features,
     "demo": demo,
     "families": families,

@@ -69,6 +69,26 @@ def places_and_output(command: str, argv: list[str]) -> tuple[list[str], str | N
     return places, output
 
 
+def model_and_places(command: str, argv: list[str], wanted: str, usage: str) -> tuple[str, list[str], list[str]]:
+    """Split ``MODEL PLACE ... --option value ...`` into the model, the places and the flags.
+
+    Args:
+        command: its name.
+        argv: what follows it.
+        wanted: the places, in words; empty where there are none.
+        usage: what to write, after the command's name.
+
+    Raises:
+        ConfigError: the model or the places are missing, or stand behind options.
+    """
+    count = next((index for index, argument in enumerate(argv) if argument.startswith("--")), len(argv))
+    places = argv[:count]
+    if len(places) < (2 if wanted else 1) or (not wanted and len(places) > 1):
+        needed = f"a model and {wanted}, and they stand" if wanted else "a model, and it stands"
+        raise ConfigError(f"{command} needs {needed} before all options. Write: vlmtune {command} {usage}.")
+    return places[0], places[1:], argv[count:]
+
+
 class _BesideBars(logging.Handler):
     """Writes log lines above a progress bar instead of through it."""
 

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from vlmtune.cli.common import asks_help, print_help, take
-from vlmtune.errors import ConfigError
+from vlmtune.cli.common import asks_help, model_and_places, print_help, progress
 
 
 def predict(argv: list[str]) -> int:
-    """Answer a question about images."""
+    """Answer questions about images."""
     from vlmtune.config import AdapterArguments, BaseModelArguments, GenerationArguments, QuantizationArguments
+    from vlmtune.config.serving import PredictArguments
 
-    classes = [AdapterArguments, QuantizationArguments, GenerationArguments]
+    classes = [AdapterArguments, QuantizationArguments, GenerationArguments, PredictArguments]
     if asks_help(argv):
         print_help(
-            "usage: vlmtune predict MODEL IMAGE [IMAGE ...] [--prompt TEXT] [--option value ...]\n\n"
-            "Answers a question about each image. MODEL is a model (a folder, or a name on the Hugging Face Hub) or\n"
-            "the folder of an adapter that vlmtune trained. Of several images, each answer is one line: the image's\n"
-            "name, a tab, the answer.\n\n"
-            "  --prompt TEXT\n      The question. [Describe this image.]",
+            "usage: vlmtune predict MODEL IMAGE|FOLDER|QUESTIONS.jsonl ... [--prompt TEXT] [--output FILE]\n"
+            "                       [--option value ...]\n\n"
+            "Answers a question about each image, of each folder of images, or each line of a file of questions (an\n"
+            "object with image and question). MODEL is a model (a folder, or a name on the Hugging Face Hub) or the\n"
+            "folder of an adapter that vlmtune trained. Of several answers, each is one line: the image's name, a\n"
+            "tab, the answer; or an object a line in the file named by --output.",
             [BaseModelArguments, *classes],
             without=["model_name_or_path"],
         )
         return 0
     from vlmtune.config.recipe import parse_arguments
-    from vlmtune.evaluation.command import answer_images
+    from vlmtune.evaluation import command
 
-    places = list[str]()
-    while argv and not argv[0].startswith("--"):
-        places.append(argv.pop(0))
-    if len(places) < 2:
-        raise ConfigError(
-            "predict needs a model and at least one image, and they stand before all options. Write: vlmtune predict "
-            "MODEL IMAGE [IMAGE ...] [--prompt TEXT]."
-        )
-    prompt, flags = take(argv, "--prompt")
-    flags = ["--model_name_or_path", places[0], *flags]
-    model, *rest = parse_arguments([BaseModelArguments, *classes], flags)
-    for name, answer in answer_images(model, *rest, images=places[1:], prompt=prompt):
-        print(answer if len(places) == 2 else f"{name}\t{' '.join(answer.split())}")
+    model_name, places, flags = model_and_places(
+        "predict", argv, "at least one image, folder or file of questions", "MODEL IMAGE [IMAGE ...] [--prompt TEXT]"
+    )
+    arguments = parse_arguments([BaseModelArguments, *classes], ["--model_name_or_path", model_name, *flags])
+    answers = list(command.predict(*arguments, places=places, progress=progress("Answers")))
+    for name, answer in answers:
+        print(answer if len(answers) == 1 else f"{name}\t{' '.join(answer.split())}")
     return 0

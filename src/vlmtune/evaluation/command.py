@@ -19,22 +19,23 @@ from vlmtune.config import (
     QuantizationArguments,
     VLMDataArguments,
 )
+from vlmtune.config.serving import PredictArguments
 from vlmtune.data.formats import FORMATS
-from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
-from vlmtune.data.images import check
 from vlmtune.data.loading import LoadedData, choose_format, load_samples, load_train_and_eval, resolve, subset
-from vlmtune.data.sample import ImageRef, Message, Sample
+from vlmtune.data.sample import ImageRef
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 from vlmtune.evaluation.compare import compare, format_comparison
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.honesty import check_honesty, format_honesty
 from vlmtune.evaluation.metrics import get_metric
+from vlmtune.evaluation.prediction import Predictor, read_questions, require_readable
 from vlmtune.evaluation.runner import Progress, evaluate, format_table, read_predictions, score, scored_samples
 from vlmtune.models.checkpoint import is_adapter_dir
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.quantization import quantization_of
 
 logger = logging.getLogger("vlmtune.evaluation")
+SHOWN = 10
 EVALUATION_SPLITS = ("test", "validation", "val", "dev")
 
 
@@ -115,28 +116,47 @@ def score_file(evaluation_args: EvaluationArguments, output_args: EvaluationOutp
     return text
 
 
-def answer_images(
+def predict(
     model_args: BaseModelArguments,
     adapter_args: AdapterArguments,
     quantization_args: QuantizationArguments,
     generation_args: GenerationArguments,
+    predict_args: PredictArguments,
     *,
-    images: Sequence[str],
-    prompt: str | None = None,
+    places: Sequence[str],
+    progress: Progress | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (image, answer) for each image.
+    """Yield (id, answer) of each question about ``places``, in order; with an output file, write there instead.
 
     Raises:
-        DataError: images that cannot be used, all of them named, before the model loads.
+        DataError: something that cannot be asked: before the model loads where answers are yielded, and after all
+            others are answered where they are written.
     """
-    problems = [problem for image in images if (problem := check(ImageRef(path=image), "full"))]
-    if problems:
-        raise DataError("\n".join(problems))
-    message = Message.make("user", prompt or DEFAULT_CAPTION_PROMPT, images=1)
-    samples = [Sample(image, (ImageRef(path=image),), (message,)) for image in images]
+    questions = read_questions(places, predict_args.prompt)
+    if predict_args.output is None:
+        require_readable(questions, predict_args.max_pixels)
     model, processor = load(model_args, adapter_args, quantization_args)
-    answers = AnswerGenerator(model, processor, generation_args)(samples)
-    yield from ((image, answer.text) for image, answer in zip(images, answers, strict=True))
+    generator = AnswerGenerator(model, processor, generation_args, max_pixels=predict_args.max_pixels)
+    predictor = Predictor(generator, progress)
+    if predict_args.output is None:
+        answers = dict[str, str]()
+        for sample, answer in predictor.answers(questions.samples):
+            if isinstance(answer, str):
+                raise DataError(answer)
+            answers[sample.id] = answer.text
+        yield from ((sample.id, answers[sample.id]) for sample in questions.samples)
+        return
+    output = Path(predict_args.output).expanduser()
+    before, bad = predictor.to_file(questions, output)
+    answered = len(questions) - len(bad)
+    logger.info("%s answers in %s, %s of them from before", f"{answered:,}", output, f"{before:,}")
+    if bad:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in list(bad.items())[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+        raise DataError(
+            f"{len(bad):,} of {len(questions):,} questions have no answer; {output} says why for each. Mend them and "
+            f"run the command again.\n{listed}{more}"
+        )
 
 
 def load(

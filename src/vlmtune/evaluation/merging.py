@@ -6,7 +6,6 @@ Shape legend: L positions, V vocabulary.
 from __future__ import annotations
 
 import gc
-import io
 import json
 import logging
 import os
@@ -19,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import BitsAndBytesConfig, GenerationConfig
 
 from vlmtune.batching.collator import BaseVLMDataCollator
 from vlmtune.config import GenerationArguments
 from vlmtune.config.merge import MergeArguments
-from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
 from vlmtune.data.loading import load_samples
-from vlmtune.data.sample import ImageRef, Message, Sample
+from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import AdapterError, ModelError, OutputError
+from vlmtune.evaluation.drawn import drawn_sample
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.models.checkpoint import adapter_base, is_adapter_dir, saved_quantization
 from vlmtune.models.families import get_family
@@ -47,7 +45,6 @@ POSITIONS = 64
 # must still be seen.
 TOLERANCE = 0.01
 ROUNDED_TOLERANCE = 0.08
-COLORS = ("red", "green", "blue", "gold", "teal", "purple", "orange", "gray")
 
 
 @dataclass(frozen=True)
@@ -354,18 +351,4 @@ def _samples(args: MergeArguments) -> list[Sample]:
         rows = load_samples(args.dataset_path).dataset
         step = max(1, len(rows) // args.samples)
         return [Sample.from_row(rows[index]) for index in range(0, len(rows), step)][: args.samples]
-    return [_drawn(number) for number in range(args.samples)]
-
-
-def _drawn(number: int) -> Sample:
-    """A picture with two shapes, and a question about it."""
-    picture = Image.new("RGB", (160, 120), COLORS[(number + 3) % len(COLORS)])
-    draw = ImageDraw.Draw(picture)
-    left = 10 + 17 * number % 60
-    draw.ellipse((left, 15, left + 60, 75), fill=COLORS[number % len(COLORS)])
-    draw.rectangle((95, 60, 145, 110), fill=COLORS[(number + 5) % len(COLORS)])
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    questions = (DEFAULT_CAPTION_PROMPT, "What colors are there?", "How many shapes are in the image?")
-    message = Message.make("user", questions[number % len(questions)], images=1)
-    return Sample(f"drawn-{number}", (ImageRef(bytes=stream.getvalue()),), (message,))
+    return [drawn_sample(number) for number in range(args.samples)]

@@ -94,7 +94,7 @@ def evaluate(
     folder = Path(output_dir)
     settings = {
         "model": name,
-        "weights": _fingerprint(generator.model),
+        "weights": weights_fingerprint(generator.model),
         "data": fingerprint(dataset),
         "generation": {
             field.name: getattr(generator.options, field.name)
@@ -269,7 +269,7 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """Hash a few values of every weight: another adapter, base, number format or quantisation has another."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -26,6 +26,7 @@ from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
 from vlmtune.models.quantization import get_torch_dtype, quantization_of
+from vlmtune.models.serving import SERVERS, training_limits
 from vlmtune.models.sizing import count_parameters, format_parameter_table
 from vlmtune.training.answer_scores import AnswerScorer, choose_best_by
 from vlmtune.training.environment import setup_training_environment
@@ -137,6 +138,12 @@ def run_training(
         model = setup_lora(model, **vars(model_args))
     else:
         model = prepare_full_finetuning(model, parts=model_args.train_parts)
+    if model_args.use_lora and (unserved := training_limits(vars(model_args))):
+        logger.warning(
+            "%s do not apply %s of an adapter: merge it by vlmtune merge before it is served there",
+            SERVERS,
+            " and ".join(unserved),
+        )
     parameters = count_parameters(model)
     logger.info("trainable parameters:\n%s", format_parameter_table(parameters))
     trainer = create_trainer(

@@ -1,0 +1,22 @@
+"""What the tests of commands share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from vlmtune import cli
+
+
+def vlmtune(*arguments: object) -> int:
+    """Run a command; put back what it sets for its whole process."""
+    logger, environment = logging.getLogger("vlmtune"), dict(os.environ)
+    before = logger.handlers, logger.level, logger.propagate
+    try:
+        with warnings.catch_warnings():
+            return cli.main([str(argument) for argument in arguments])
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
