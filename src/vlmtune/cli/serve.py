@@ -24,8 +24,6 @@ def serve(argv: list[str]) -> int:
     from vlmtune.serving import server
 
     name, _, flags = model_and_places("serve", argv, "", "MODEL [--option value ...]")
-    # A switch may stand alone.
-    flags = [part for flag in flags for part in ((flag, "true") if flag == "--check" else (flag,))]
     arguments = parse_arguments([BaseModelArguments, *classes], ["--model_name_or_path", name, *flags])
     found = server.serve(*arguments)
     if found is None:

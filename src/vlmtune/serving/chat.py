@@ -49,7 +49,8 @@ class Chat:
         Raises:
             VlmtuneError: it cannot be answered; the conversation is as before.
         """
-        if line.startswith("/") and not _is_image(line.split(maxsplit=1)[0]):
+        # A path has a second slash, or an ending.
+        if re.fullmatch(r"/\w+", line.split(maxsplit=1)[0]):
             return self._command(*line.partition(" ")[::2])
         parts, images = list[Part](), list[ImageRef]()
         parts += [Part("image")] * len(self.waiting)
