@@ -12,16 +12,19 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench pins hooks clean distclean
+.PHONY: help install demo test test-slow check format bench pins hooks clean distclean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.installed-demo  ## fine-tune the shipped tiny Gemma-3 and show what it learned (under 4 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/vlmtune demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the tests on both cores (ARGS="-k name" for some of them)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev  ## run the tests that take minutes each, which `make test` leaves out
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 check: $(VENV)/.installed-dev  ## style, types, import layers and file lengths
 	$(BIN)/ruff check .

@@ -30,8 +30,8 @@ generation = json.loads((Path(options["--generation-config"]) / "generation_conf
 assert Path(options["--chat-template"]).read_text()
 from vlmtune.cli import main
 sys.exit(main(["serve", sys.argv[2], "--host", options["--host"], "--port", options["--port"],
-    "--torch_dtype", "float32", "--served_model_name", options["--served-model-name"], "--api_key", os.environ["VLLM_API_KEY"],
-    "--max_new_tokens", str(generation["max_new_tokens"])]))
+    "--torch_dtype", "float32", "--served_model_name", options["--served-model-name"],
+    "--api_key", os.environ["VLLM_API_KEY"], "--max_new_tokens", str(generation["max_new_tokens"])]))
 """
 
 
