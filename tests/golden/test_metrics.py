@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 
 from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.metrics.captions import bleu
+from vlmtune.evaluation.metrics.detection import match, mean_average_precision, mean_recall
 from vlmtune.evaluation.metrics.ptb import tokenize
 from vlmtune.evaluation.metrics.vqa import vqa_accuracy
 
@@ -78,3 +81,29 @@ def test_anls_is_that_of_its_python_package(reference_files: Path) -> None:
     rows = read(reference_files / "anls" / "submission.json")
     scores = get_metric("anls").compute([row["answer"] for row in rows], [gold[row["questionId"]] for row in rows])
     assert round(scores.value, 4) == 0.3778
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_detection_gives_the_published_values(reference_files: Path, kind: Literal["bbox", "segm"]) -> None:
+    """All 24 of cocoapi's val2014_fake_eval_res.txt, in its order."""
+    pytest.importorskip("pycocotools", reason="needs the extra detection")
+    folder = reference_files / "detection"
+    report = (folder / "val2014_fake_eval_res.txt").read_text().split("type=")
+    published = next(part for part in report if part.startswith(kind))
+    expected = [float(line.split("=")[-1]) for line in published.splitlines() if line.startswith(" Average")]
+    truth = read(folder / "instances_val2014_100.json")
+    found = read(folder / f"instances_val2014_fake{kind}100_results.json")
+    one = np.ones(len(truth["images"]))
+    areas = [(0, 32**2), (32**2, 96**2), (96**2, 1e10)]
+    everything = match(truth, found, kind=kind)
+    by_area = [match(truth, found, kind=kind, area=area) for area in areas]
+    values = [
+        mean_average_precision(everything, one),
+        *(mean_average_precision(match(truth, found, kind=kind, thresholds=[at]), one) for at in (0.5, 0.75)),
+        *(mean_average_precision(matches, one) for matches in by_area),
+        *(mean_recall(match(truth, found, kind=kind, most=most), one) for most in (1, 10)),
+        mean_recall(everything, one),
+        *(mean_recall(matches, one) for matches in by_area),
+    ]
+    assert len(expected) == 12
+    assert [round(float(value), 3) for value in values] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from vlmtune.evaluation.metrics.anls import ANLS
 from vlmtune.evaluation.metrics.base import Metric, Scores
 from vlmtune.evaluation.metrics.captions import BLEU, CIDER, ROUGE_L
 from vlmtune.evaluation.metrics.chartqa import RELAXED_ACCURACY
+from vlmtune.evaluation.metrics.detection import DETECTION
 from vlmtune.evaluation.metrics.error_rates import CER, WER
 from vlmtune.evaluation.metrics.exact_match import EXACT_MATCH
 from vlmtune.evaluation.metrics.grounding import GROUNDING_ACCURACY, IOU
@@ -41,6 +43,7 @@ METRICS: dict[str, Metric] = {
         WER,
         IOU,
         GROUNDING_ACCURACY,
+        *DETECTION,
     )
 }
 # BLEU without a number is BLEU-4.
@@ -53,9 +56,12 @@ def get_metric(name: str) -> Metric:
     A user's function takes (answers, references of each) and returns :class:`Scores` or a value per sample.
 
     Raises:
-        ConfigError: the name is unknown, or the path leads to no function.
+        ConfigError: the name is unknown, the metric's library is not installed, or the path leads to no function.
     """
     if name in METRICS:
+        library, extra = METRICS[name].needs or ("sys", "")
+        if importlib.util.find_spec(library) is None:
+            raise ConfigError(f"The metric {name} needs {library}: pip install 'vlmtune[{extra}]'.")
         return METRICS[name]
     module, _, function = name.rpartition(".")
     if not module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,17 +21,19 @@ class Interval(NamedTuple):
     high: float
 
 
-def _resampled_sums(columns: Array, resamples: int, seed: int) -> Array:
-    """Return the columns' sums in each resample of the rows, (resamples, K)."""
+def _resampled_counts(n: int, resamples: int, seed: int) -> Iterator[Array]:
+    """Yield how often each of n samples was drawn in each resample, (<= AT_ONCE, n), till there are ``resamples``."""
     rng = np.random.default_rng(seed)
-    n = len(columns)
-    sums = np.empty((resamples, columns.shape[1]))
     for start in range(0, resamples, AT_ONCE):
-        stop = min(start + AT_ONCE, resamples)
-        drawn = rng.integers(0, n, (stop - start, n)) + np.arange(stop - start)[:, None] * n
-        counts = np.bincount(drawn.ravel(), minlength=(stop - start) * n).reshape(stop - start, n)
-        sums[start:stop] = counts @ columns
-    return sums
+        rows = min(AT_ONCE, resamples - start)
+        drawn = rng.integers(0, n, (rows, n)) + np.arange(rows)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def _percentiles(values: Array) -> Interval:
+    # A resample without a value, such as one of images without any object, says nothing.
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return Interval(float(low), float(high))
 
 
 def interval(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -41,10 +44,8 @@ def interval(scores: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> In
         resamples: how many to draw.
         seed: of the drawing; the same scores and seed give the same interval.
     """
-    columns = scores.take(scores.scored).columns()
-    values = scores.of_sums(_resampled_sums(columns, resamples, seed))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Interval(float(low), float(high))
+    kept = scores if scores.scored.all() else scores.take(scores.scored)
+    return _percentiles(np.concatenate([kept.of_counts(c) for c in _resampled_counts(kept.n, resamples, seed)]))
 
 
 def paired_difference(
@@ -62,8 +63,5 @@ def paired_difference(
         raise ValueError("the runs have no sample that both could score")
     if not both.all():
         first, second = first.take(both), second.take(both)
-    split = first.columns().shape[1]
-    sums = _resampled_sums(np.concatenate([first.columns(), second.columns()], axis=1), resamples, seed)
-    values = second.of_sums(sums[:, split:]) - first.of_sums(sums[:, :split])
-    low, high = np.percentile(values, [2.5, 97.5])
-    return second.value - first.value, Interval(float(low), float(high))
+    values = [second.of_counts(c) - first.of_counts(c) for c in _resampled_counts(first.n, resamples, seed)]
+    return second.value - first.value, _percentiles(np.concatenate(values))

@@ -60,7 +60,9 @@ def robust_scores(
     values[kept] = found.per_sample
     named = "; ".join(f"{ids[index]!r}: {reason[:160]}" for index, reason in list(reasons.items())[:3])
     note = f"left out {len(reasons)} of {len(answers)} samples that it cannot score ({named})"
-    return Scores(values, columns, found.of_sums, (*found.notes, note))
+    scored = found
+    corpus = None if scored.corpus is None else lambda counts: scored.of_counts(counts[..., kept])
+    return Scores(values, columns, found.of_sums, (*found.notes, note), corpus)
 
 
 def _checked(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
