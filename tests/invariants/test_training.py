@@ -105,8 +105,8 @@ class FixedBatches(ImageGroupSampler):
     def __len__(self) -> int:
         return len(self.given)
 
-    def batches(self) -> list[list[int]]:
-        return self.given
+    def step_batches(self):
+        return ([[batch]] for batch in self.given)
 
 
 class Gradients(TrainerCallback):

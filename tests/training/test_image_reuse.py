@@ -177,7 +177,8 @@ class TestRowLimits:
     def test_separate_rows_take_no_notice(self, run_arguments, made_trainers, tmp_path: Path) -> None:
         options = {"share_images": "off", "max_texts_per_row": 2, "max_tokens_per_row": 5, "max_steps": 1}
         run_training(*run_arguments(tmp_path / "run", **options))
-        assert made_trainers[0].train_sampler is None
+        # Every text is a group of its own.
+        assert len(made_trainers[0].train_sampler.starts) == 20 + 1
 
     def test_counts(self, messages) -> None:
         keys = ["a", "a", "b", "", "", "c", "c", "c"]
@@ -205,4 +206,5 @@ def test_sharing_asked_of_a_family_that_cannot(
         run_training(*run_arguments(tmp_path / "on", share_images="on"))
     assert not list((tmp_path / "on").iterdir())
     run_training(*run_arguments(tmp_path / "auto", max_steps=1))
-    assert made_trainers[0].train_sampler is None
+    # Every text is a group of its own.
+    assert len(made_trainers[0].train_sampler.starts) == 20 + 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlmtune.batching.encode import EncodedSample, Encoder, TooLong
+from vlmtune.batching.sampler import FILLER
 from vlmtune.batching.sharing import collate_rows, group_samples, pack_rows
 from vlmtune.data.sample import Sample
 from vlmtune.models.families import get_family
@@ -73,7 +74,10 @@ class BaseVLMDataCollator:
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Encode and pad ``rows``; errors as :meth:`vlmtune.batching.encode.Encoder.__call__` raises them."""
         to_sample = self.conversation_formatter or self.format_conversation
-        return self.collate([self.encoder(to_sample(row)) for row in rows])
+        batch = self.collate([self.encoder(to_sample(row)) for row in rows])
+        if any(row.get(FILLER) for row in rows):
+            batch["target_weights"] = torch.zeros(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))
+        return batch
 
     def collate(self, samples: Sequence[EncodedSample]) -> dict[str, Any]:
         """Pad encoded samples on the right and join their images."""
@@ -154,6 +158,8 @@ class SharedImageCollator(BaseVLMDataCollator):
             ]
             batch.update(join_images(with_pixels, self.family))
         batch["sample_ids"] = [sample.id for row in packed for group in row.members for sample in group]
+        if any(row.get(FILLER) for row in rows):
+            batch["target_weights"].zero_()
         # Where positions have several axes, the model takes the types for nothing but to compute those.
         if not self.family.needs_token_type_ids or "axes" in batch:
             del batch["token_type_ids"]

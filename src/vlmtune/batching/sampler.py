@@ -1,35 +1,54 @@
-"""Batches that keep the texts of an image together, so that they can share it."""
+"""Batches that keep the texts of an image together, the same ones on any number of devices.
+
+A step's samples depend on the data, the seed, the epoch and the size of the step alone. How many devices, and how
+many batches of each, share a step out decides only where a group is computed, so a run can go on with other devices.
+
+Memory: 8 bytes a sample and 24 a group in arrays; no list of the epoch is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Sampler
+import pyarrow as pa
+from torch.utils.data import Dataset, Sampler
 
-from vlmtune.batching.sharing import runs, split_evenly
+Ints = npt.NDArray[np.int64]
 
-# Batches whose groups are sorted by length together: enough that rows of a batch are alike, few enough that
+# Steps whose groups are sorted by length together: enough that the groups of a step are alike, few enough that
 # an epoch's order stays random.
 MEGABATCH = 50
+# Column of a row that only keeps a device in step with the others; its tokens weigh nothing.
+FILLER = "filler"
 
 
 class ImageGroupSampler(Sampler[list[int]]):
     """Yields batches of about ``batch_size`` samples made of whole groups, each sample once an epoch.
 
-    A batch takes whole groups until it reaches its share of the samples seen so far, so batches differ in size
-    by less than a group and their mean is ``batch_size``; the loss is normalised by the step's supervised tokens,
-    so no sample weighs more in a small batch. Groups above ``max_texts`` are split evenly, anew in every epoch.
+    A step (``batch_size * world_size * accumulation`` samples) takes whole groups until it reaches its share of the
+    samples seen so far, so steps differ in size by less than a group and their mean is the size asked for or a
+    little less. Its groups are dealt to the devices' batches so that each computes about the same: the costliest
+    group first, always to the batch with the least work. Work is a row's tokens plus the soft tokens of the images
+    that pass through the tower. Groups above ``max_texts`` are split evenly, anew in every epoch; of a group above
+    ``batch_size`` the parts lie in several batches of one step.
 
-    Every rank gets the same number of batches. The order depends on seed and epoch alone: a resumed run skips
-    the batches it has seen.
+    Every rank gets the same number of batches. Where a step has fewer samples than batches, the empty ones yield
+    ``total + index``, the row ``index`` as a filler: see :class:`WithFillers`.
 
     Args:
         image_keys: a name of each sample's images; equal names form a group, empty ones a group of one.
-        lengths: tokens of each sample, to keep rows of like length together.
-        batch_size: samples of a batch, in the mean.
-        max_texts: most samples of a group in one batch; ``batch_size`` by default.
+            A pyarrow array spares the memory of Python strings.
+        lengths: tokens of each sample.
+        batch_size: samples of one device's batch, in the mean.
+        image_tokens: soft tokens of each sample, which the texts of an image share; none by default.
+        vision_passes: images go through the tower in every step; not with cached features.
+        max_texts: most samples of a group in one step; as many as a step holds by default.
+        accumulation: batches of a device in one step.
         seed: of the order.
         rank: this process's number.
         world_size: number of processes.
@@ -38,29 +57,42 @@ class ImageGroupSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        image_keys: Sequence[str],
-        lengths: Sequence[int] | npt.NDArray[np.int64],
+        image_keys: Sequence[str] | pa.Array | pa.ChunkedArray,
+        lengths: Sequence[int] | Ints,
         batch_size: int,
         *,
+        image_tokens: Sequence[int] | Ints | None = None,
+        vision_passes: bool = True,
         max_texts: int | None = None,
+        accumulation: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
     ) -> None:
-        self.groups = runs(image_keys)
-        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.lengths = np.asarray(lengths, dtype=np.int32)
+        self.image_tokens = np.zeros_like(self.lengths) if image_tokens is None else np.asarray(image_tokens, np.int32)
+        self.vision_passes = vision_passes
         # The name that accelerate and the trainer look for.
         self.batch_size = batch_size
-        self.max_texts = min(max_texts or batch_size, batch_size)
+        self.batches_per_step = world_size * accumulation
+        self.step_size = batch_size * self.batches_per_step
+        self.max_texts = min(max_texts or self.step_size, self.step_size)
+        self.accumulation = accumulation
         self.seed, self.epoch = seed, 0
         self.rank, self.world_size = rank, world_size
         self.shuffle = shuffle
-        self.total = len(image_keys)
+        self.total = len(self.lengths)
+        self.members, self.starts = _groups(image_keys)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one epoch."""
+        return -(-self.total // self.step_size)
 
     def __len__(self) -> int:
         """Number of batches of one rank in one epoch."""
-        return -(-self.total // (self.batch_size * self.world_size))
+        return self.steps * self.accumulation
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the epoch to come."""
@@ -68,62 +100,160 @@ class ImageGroupSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's batches of row indices."""
-        yield from self.batches()[self.rank :: self.world_size]
+        for step in self.step_batches():
+            yield from step[self.rank]
 
     def batches(self) -> list[list[int]]:
-        """Return the epoch's batches of all ranks."""
+        """Return the epoch's batches of all ranks, in the order in which they are computed."""
+        return [batch for step in self.step_batches() for turn in zip(*step, strict=True) for batch in turn]
+
+    def step_batches(self) -> Iterator[list[list[list[int]]]]:
+        """Yield each step's batches: for each rank, ``accumulation`` lists of row indices."""
+        if not self.total:
+            return
         rng = np.random.default_rng([self.seed, self.epoch])
-        pieces = self._pieces(rng)
-        count = len(self) * self.world_size
-        found: list[list[int]] = []
-        position, done = 0, 0
-        for number in range(count):
-            batch: list[int] = []
-            target = self.total * (number + 1) / count
-            while position < len(pieces):
-                # The batches to come need a group each.
-                if batch and len(pieces) - position <= count - number - 1:
-                    break
-                # Half a group over the target is as far as half a group below it.
-                if batch and done + len(pieces[position]) / 2 > target:
-                    break
-                batch += pieces[position]
-                done += len(pieces[position])
-                position += 1
-            found.append(batch)
-        found = _filled(found)
+        epoch = self._order(rng)
+        numbers = rng.permutation(self.steps) if self.shuffle else np.arange(self.steps)
+        for number in numbers:
+            pieces = epoch.order[epoch.cuts[number] : epoch.cuts[number + 1]]
+            yield self._deal([epoch.members[epoch.starts[piece] : epoch.starts[piece + 1]] for piece in pieces])
+
+    def _order(self, rng: np.random.Generator) -> _Epoch:
+        """Groups in the epoch's order, the large ones split, neighbours of like length, and where steps begin."""
+        members, starts = self.members, self.starts
+        sizes = np.diff(starts)
+        if self.shuffle and sizes.max() > self.max_texts:
+            members = _mixed(members, starts, sizes > self.max_texts, rng)
+        starts = _split(starts, sizes, self.max_texts)
+        sizes = np.diff(starts)
+        count = len(sizes)
+        order = rng.permutation(count) if self.shuffle else np.arange(count)
         if self.shuffle:
-            found = [found[index] for index in rng.permutation(len(found))]
-        return found
+            tokens = np.add.reduceat(self.lengths[members], starts[:-1], dtype=np.int64)
+            window = MEGABATCH * max(1, round(self.step_size * count / self.total))
+            order = order[np.lexsort((tokens[order], np.arange(count) // window))]
+        ends = np.cumsum(sizes[order])
+        middles = ends - sizes[order] / 2
+        # Half a group over its share is as far as half a group below it.
+        numbers = np.arange(1, self.steps + 1)
+        cuts = np.searchsorted(middles, self.total * numbers / self.steps, side="right")
+        # Every step gets a group at least.
+        cuts = np.maximum.accumulate(cuts - numbers) + numbers
+        cuts = np.minimum(np.maximum(cuts, numbers), count - self.steps + numbers)
+        return _Epoch(members, starts, order, np.concatenate([[0], cuts]))
 
-    def _pieces(self, rng: np.random.Generator) -> list[list[int]]:
-        """Groups in the epoch's order, the large ones split, neighbours of like length."""
-        pieces = []
-        for group in self.groups:
-            members = [group[i] for i in rng.permutation(len(group))] if self.shuffle else group
-            pieces += split_evenly(members, -(-len(members) // self.max_texts))
-        if not self.shuffle:
-            return pieces
-        order = rng.permutation(len(pieces))
-        per_batch = max(1, round(self.batch_size * len(pieces) / max(self.total, 1)))
-        size = MEGABATCH * per_batch
-        row_lengths = [int(self.lengths[piece].sum()) for piece in pieces]
-        sorted_order: list[int] = []
-        for start in range(0, len(order), size):
-            sorted_order += sorted(order[start : start + size].tolist(), key=lambda index: row_lengths[index])
-        return [pieces[index] for index in sorted_order]
+    def _deal(self, groups: list[Ints]) -> list[list[list[int]]]:
+        """Share a step's groups out over the ranks' batches."""
+        parts = [part for group in groups for part in np.array_split(group, -(-len(group) // self.batch_size))]
+        while len(parts) < self.batches_per_step:
+            largest = max(range(len(parts)), key=lambda index: len(parts[index]))
+            if len(parts[largest]) < 2:
+                break
+            parts[largest : largest + 1] = np.array_split(parts[largest], 2)
+        costs = [self._cost(part) for part in parts]
+        heap = [(0, number) for number in range(self.batches_per_step)]
+        batches: list[list[int]] = [[] for _ in heap]
+        work = [0] * len(heap)
+        # Stable: groups of one cost keep their order.
+        for index in sorted(range(len(parts)), key=lambda index: -costs[index]):
+            done, number = heapq.heappop(heap)
+            batches[number] += parts[index].tolist()
+            work[number] = done + costs[index]
+            heapq.heappush(heap, (work[number], number))
+        filler = self.total + int(groups[0][0])
+        heaviest_first = sorted(range(len(heap)), key=lambda number: -work[number])
+        ranks: list[list[list[int]]] = [[] for _ in range(self.world_size)]
+        for turn in range(self.accumulation):
+            chosen = heaviest_first[turn * self.world_size : (turn + 1) * self.world_size]
+            # There and back, so that no rank has the heaviest batch of every turn.
+            for rank, number in enumerate(chosen if turn % 2 == 0 else reversed(chosen)):
+                ranks[rank].append(batches[number] or [filler])
+        return ranks
+
+    def _cost(self, rows: Ints) -> int:
+        """Tokens of the group's row, and the soft tokens of its images once more for the pass through the tower."""
+        shared = int(self.image_tokens[rows[0]])
+        tokens = shared + int((self.lengths[rows] - shared).sum())
+        return tokens + shared * self.vision_passes
 
 
-def _filled(batches: list[list[int]]) -> list[list[int]]:
-    """Give an empty batch half of the fullest one: every rank must have something to do in every step."""
-    for index, batch in enumerate(batches):
-        if not batch:
-            fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
-            members = batches[fullest]
-            if len(members) < 2:
-                # Fewer samples than ranks: one is seen twice.
-                batches[index] = list(members)
-                continue
-            half = len(members) // 2
-            batches[fullest], batches[index] = members[:half], members[half:]
-    return batches
+@dataclass(frozen=True)
+class _Epoch:
+    """Rows of each group (``members[starts[i]:starts[i + 1]]``), the groups' order, and each step's slice of it."""
+
+    members: Ints
+    starts: Ints
+    order: Ints
+    cuts: Ints
+
+
+class WithFillers(Dataset[dict[str, Any]]):
+    """A data set to which the sampler's ``total + index`` is row ``index``, marked as a filler.
+
+    Collators give a filler's tokens the weight 0, so a device without samples of its own computes something, and
+    the step is as if it had not.
+
+    Args:
+        rows: the data set.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        total = len(self.rows)
+        row: Mapping[str, Any] = self.rows[index % total]
+        return {**row, FILLER: True} if index >= total else dict(row)
+
+
+def _groups(keys: Sequence[str] | pa.Array | pa.ChunkedArray) -> tuple[Ints, Ints]:
+    """Rows sorted by group, groups in the order of first sight, and where each begins."""
+    array = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(keys, pa.string())
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    if not len(array):
+        return np.zeros(0, np.int64), np.zeros(1, np.int64)
+    encoded = array.dictionary_encode()
+    codes = encoded.indices.to_numpy().astype(np.int64)
+    empty = encoded.dictionary.index("").as_py()
+    if empty >= 0:
+        alone = np.flatnonzero(codes == empty)
+        codes[alone] = len(encoded.dictionary) + np.arange(len(alone))
+    members = np.argsort(codes, kind="stable")
+    ordered = codes[members]
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1])
+    firsts = np.argsort(members[starts], kind="stable")
+    if (firsts == np.arange(len(firsts))).all():
+        return members, np.append(starts, len(members))
+    sizes = np.diff(np.append(starts, len(members)))[firsts]
+    moved = _ranges(starts[firsts], sizes)
+    return members[moved], np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _ranges(starts: Ints, sizes: Ints) -> Ints:
+    """``start, start + 1, ...`` of each range, one after another."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
+
+
+def _mixed(members: Ints, starts: Ints, chosen: npt.NDArray[np.bool_], rng: np.random.Generator) -> Ints:
+    """Members with those of the chosen groups in random order inside their group."""
+    sizes = np.diff(starts)[chosen]
+    places = _ranges(starts[:-1][chosen], sizes)
+    numbers = np.repeat(np.arange(len(sizes)), sizes)
+    mixed = members.copy()
+    mixed[places] = members[places][np.lexsort((rng.random(len(places)), numbers))]
+    return mixed
+
+
+def _split(starts: Ints, sizes: Ints, most: int) -> Ints:
+    """Where groups begin when those above ``most`` are split into parts whose sizes differ by one at most."""
+    parts = -(-sizes // most)
+    if parts.max(initial=1) == 1:
+        return starts
+    part = _ranges(np.zeros_like(parts), parts)
+    size, larger = np.repeat(sizes // parts, parts), np.repeat(sizes % parts, parts)
+    return np.append(np.repeat(starts[:-1], parts) + part * size + np.minimum(part, larger), starts[-1])

@@ -32,12 +32,14 @@ class Scan:
         lengths: tokens of each kept row, soft tokens included.
         supervised: supervised tokens of each kept row.
         left_out: (sample id, reason) of every other row.
+        image_tokens: soft tokens of each kept row.
     """
 
     kept: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     supervised: npt.NDArray[np.int64]
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    image_tokens: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def summary(self) -> str:
         """One line for people."""
@@ -78,7 +80,8 @@ def scan(
         keep_in_memory=True,
         desc="Checking texts",
     )
-    lengths, supervised = (np.asarray(table[name], dtype=np.int64) for name in ("length", "supervised"))
+    measures = ("length", "supervised", "image_tokens")
+    lengths, supervised, image_tokens = (np.asarray(table[name], dtype=np.int64) for name in measures)
     reasons, too_long = table["reason"][:], np.asarray(table["too_long"], dtype=bool)
     bad = [index for index, reason in enumerate(reasons) if reason]
     left_out = [(str(dataset[index]["id"]), reasons[index]) for index in bad]
@@ -93,15 +96,21 @@ def scan(
     if left_out:
         logger.warning("%d of %d samples were left out; every one is named in the run's record", len(bad), len(dataset))
     kept = np.setdiff1d(np.arange(len(dataset)), np.asarray(bad, dtype=np.int64))
-    return Scan(kept=kept, lengths=lengths[kept], supervised=supervised[kept], left_out=left_out)
+    return Scan(kept, lengths[kept], supervised[kept], left_out, image_tokens[kept])
 
 
-_COLUMNS = {"length": "int64", "supervised": "int64", "too_long": "bool", "reason": "string"}
+_COLUMNS = {"length": "int64", "supervised": "int64", "image_tokens": "int64", "too_long": "bool", "reason": "string"}
 
 
 def _measure(row: Mapping[str, Any], encoder: Encoder, to_sample: Callable[..., Sample]) -> dict[str, Any]:
     try:
         encoded = encoder(to_sample(row), pixels=False)
     except (EncodingError, ImageError) as error:
-        return {"length": 0, "supervised": 0, "too_long": isinstance(error, TooLongError), "reason": str(error)}
-    return {"length": len(encoded.input_ids), "supervised": encoded.n_supervised, "too_long": False, "reason": ""}
+        return dict.fromkeys(_COLUMNS, 0) | {"too_long": isinstance(error, TooLongError), "reason": str(error)}
+    return {
+        "length": len(encoded.input_ids),
+        "supervised": encoded.n_supervised,
+        "image_tokens": sum(map(bool, encoded.token_type_ids)),
+        "too_long": False,
+        "reason": "",
+    }

@@ -24,6 +24,7 @@ def save_model_and_processor(
     output_dir: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Write a full model, or the adapter of an adapted one, always with processor and chat template.
 
@@ -32,6 +33,7 @@ def save_model_and_processor(
         processor: its processor, saved beside it.
         output_dir: folder; made when absent.
         state_dict: the tensors, where sharded training has gathered them already.
+        fingerprint: of the base weights, where they are sharded and cannot be read here.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,7 @@ def save_model_and_processor(
     base = base_model(model)
     origin = {
         "base_model": str(base.name_or_path),
-        "base_fingerprint": base_fingerprint(model),
+        "base_fingerprint": fingerprint or base_fingerprint(model),
         "quantization": quantization_record(base),
         "versions": versions(),
     }

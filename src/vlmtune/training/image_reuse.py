@@ -146,8 +146,7 @@ def fill_feature_cache(
     cache: FeatureCache,
     model: nn.Module,
     encoder: Encoder,
-    dataset: datasets.Dataset,
-    *,
+    *sets: datasets.Dataset,
     rank: int = 0,
     world_size: int = 1,
     progress: Progress | None = None,
@@ -158,7 +157,8 @@ def fill_feature_cache(
         cache: where they go; flushed at the end.
         model: with its tower on the device that computes.
         encoder: decodes the images.
-        dataset: rows with ``image_key``.
+        *sets: rows with ``image_key``. All of a run's at once: ranks that look at the cache again while others write
+            would share the rest out differently.
         rank: this process's number.
         world_size: number of processes.
         progress: called after each batch of images.
@@ -171,9 +171,10 @@ def fill_feature_cache(
         ImageError: an image's file has changed since the data was read.
     """
     by_hash: dict[str, ImageRef] = {}
-    for key, row_images in zip(dataset["image_key"], dataset["images"], strict=True):
-        for name, image in zip(key.split(), row_images, strict=True):
-            by_hash.setdefault(name, ImageRef(**image))
+    for dataset in sets:
+        for key, row_images in zip(dataset["image_key"], dataset["images"], strict=True):
+            for name, image in zip(key.split(), row_images, strict=True):
+                by_hash.setdefault(name, ImageRef(**image))
     absent = missing(cache, by_hash)
     mine = absent[rank::world_size]
     for start in range(0, len(mine), IMAGES_AT_ONCE):
@@ -249,7 +250,7 @@ def cache_ahead(
     if cache is None:
         raise ConfigError(f"Image features of {family.name} cannot be kept: it does not take prepared ones.")
     encoder = Encoder(processor, family, max_pixels=data_args.max_pixels)
-    computed = sum(fill_feature_cache(cache, model, encoder, dataset, progress=progress) for dataset in sets)
+    computed = fill_feature_cache(cache, model, encoder, *sets, progress=progress)
     return (
         computed,
         len({name for dataset in sets for key in dataset["image_key"] for name in key.split()}),

@@ -9,6 +9,7 @@ Shape legend: B rows, L tokens, N supervised tokens, H hidden features, V vocabu
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -164,6 +165,8 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
     The loss is computed inside the model's forward, so that DDP and FSDP see every parameter used where they
     expect it. Calls without ``target_sources``, as in generation, go to the model's own forward.
 
+    ``dummy_image``, an image's tensors, goes through tower and projector and adds nothing.
+
     Args:
         model: a vision-language model with an LM head, or a PEFT model around one.
         chunk_tokens: as in :func:`chunked_cross_entropy`.
@@ -177,6 +180,7 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
         if sources is None:
             return original(*args, **kwargs)
         targets, weights = kwargs.pop("target_ids"), kwargs.pop("target_weights", None)
+        dummy = kwargs.pop("dummy_image", None)
         kwargs.pop("labels", None)
         hidden_BLH = getattr(self, self.base_model_prefix)(*args, **kwargs, use_cache=False)[0]
         loss = chunked_cross_entropy(
@@ -187,6 +191,16 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
             softcap=softcap,
             chunk_tokens=chunk_tokens,
         )
+        if dummy is not None:
+            loss = loss + _nothing(self.get_image_features(**dummy, return_dict=True))
         return ModelOutput(loss=loss)
 
     base.forward = types.MethodType(forward, base)
+
+
+def _nothing(outputs: Any) -> Tensor:
+    """Zero, with a path back to everything that made ``outputs``."""
+    if isinstance(outputs, Tensor):
+        return outputs.sum() * 0
+    parts = outputs.values() if isinstance(outputs, Mapping) else outputs
+    return torch.stack([_nothing(part) for part in parts]).sum()

@@ -20,7 +20,6 @@ from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, Training
 from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import LoadedData, fingerprint, load_train_and_eval
 from vlmtune.errors import ConfigError, OutputError, ResumeError
-from vlmtune.models.checkpoint import save_model_and_processor
 from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
@@ -33,12 +32,10 @@ from vlmtune.training.environment import setup_training_environment
 from vlmtune.training.image_reuse import (
     Progress,
     check_row_limits,
-    fill_feature_cache,
-    open_feature_cache,
     shares_images,
-    try_fill,
     with_image_keys,
 )
+from vlmtune.training.ranks import fill_between_ranks
 from vlmtune.training.run_info import RUN_FILE, save_training_info
 from vlmtune.training.trainer import TRAINER_STATE, MemoryEfficientTrainer, create_trainer, latest_checkpoint
 
@@ -118,7 +115,7 @@ def run_training(
     train_set, train_scan = _usable(train_data, collator, data_args, "training")
     eval_set, eval_scan = _usable(eval_data, collator, data_args, "evaluation") if eval_data else (None, None)
     if share:
-        train_set = _with_keys(train_set, train_scan, processor, data_args)
+        train_set = _with_keys(train_set, train_scan, data_args)
         eval_set = with_image_keys(eval_set) if eval_set is not None else None
     scorer = _answer_scorer(eval_data, eval_set, processor, data_args, training_args, evaluation_args)
     choose_best_by(training_args, list(scorer.metrics) if scorer else [])
@@ -153,7 +150,8 @@ def run_training(
         eval_dataset=eval_set,
         data_collator=collator,
         processor=processor,
-        train_sampler=_sampler(train_set, train_scan, data_args, training_args) if share else None,
+        train_sampler=_sampler(train_set, train_scan, data_args, training_args),
+        eval_sampler=_sampler(eval_set, eval_scan, data_args, training_args, train=False) if eval_scan else None,
         answer_scorer=scorer,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
@@ -173,12 +171,10 @@ def run_training(
     return _train_and_save(trainer, output_dir, checkpoint, left_out)
 
 
-def _with_keys(dataset: Any, found: Scan, processor: Any, data_args: VLMDataArguments) -> Any:
+def _with_keys(dataset: Any, found: Scan, data_args: VLMDataArguments) -> Any:
     dataset = with_image_keys(dataset)
     keys = dataset["image_key"][:]
-    per_image = getattr(processor, "image_seq_length", 0) or 0
-    tokens = [len(key.split()) * per_image for key in keys]
-    lengths = found.lengths.tolist()
+    tokens, lengths = found.image_tokens.tolist(), found.lengths.tolist()
     logger.info("sharing images: %s", describe_saving(keys, lengths, tokens))
     check_row_limits(
         keys, lengths, tokens, max_texts=data_args.max_texts_per_row, max_tokens=data_args.max_tokens_per_row
@@ -186,15 +182,22 @@ def _with_keys(dataset: Any, found: Scan, processor: Any, data_args: VLMDataArgu
     return dataset
 
 
-def _sampler(dataset: Any, found: Scan, data_args: VLMDataArguments, args: TrainingArguments) -> ImageGroupSampler:
+def _sampler(
+    dataset: Any, found: Scan, data_args: VLMDataArguments, args: TrainingArguments, *, train: bool = True
+) -> ImageGroupSampler:
+    size = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
+    shared = "image_key" in dataset.column_names
     return ImageGroupSampler(
-        dataset["image_key"][:],
+        dataset.with_format("arrow")[:]["image_key"] if shared else [""] * len(dataset),
         found.lengths,
-        args.per_device_train_batch_size * max(1, args.n_gpu),
+        size * max(1, args.n_gpu),
+        image_tokens=found.image_tokens,
         max_texts=data_args.max_texts_per_row,
+        accumulation=args.gradient_accumulation_steps if train else 1,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         rank=args.process_index,
         world_size=args.world_size,
+        shuffle=train,
     )
 
 
@@ -233,32 +236,13 @@ def _feature_cache(
     sets: list[Any],
     progress: Progress | None,
 ) -> FeatureCache | None:
-    """Open the feature cache and compute what it lacks, each rank its share."""
-    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    cache = open_feature_cache(model, collator.family, collator.processor, data_args)
-    if cache is None or not any(any(dataset["image_key"]) for dataset in sets):
-        return None
-
-    def fill() -> int:
-        return sum(
-            fill_feature_cache(
-                cache,
-                model,
-                collator.encoder,
-                dataset,
-                rank=args.process_index,
-                world_size=args.world_size,
-                progress=progress,
-            )
-            for dataset in sets
-        )
-
-    filled = try_fill(fill, data_args.cache_image_features)
-    trainer.accelerator.wait_for_everyone()
-    if not filled:
-        return None
-    logger.info("image features come from %s", cache.folder)
-    return FeatureCache(cache.root, cache.key, max_gb=data_args.cache_max_gb)
+    cache = fill_between_ranks(trainer, collator, data_args, sets, progress)
+    if cache is not None:
+        logger.info("image features come from %s", cache.folder)
+        for sampler in (trainer.train_sampler, trainer.eval_sampler):
+            if sampler is not None:
+                sampler.vision_passes = False
+    return cache
 
 
 def _train_and_save(
@@ -276,8 +260,9 @@ def _train_and_save(
             save_training_info(output_dir, status=f"stopped by {type(error).__name__}: {error}".rstrip(": "))
             _write_log(output_dir, trainer.state.log_history)
         raise
+    # On every rank: where weights are sharded, all of them give their part.
+    trainer.save_model(str(output_dir))
     if trainer.args.should_save:
-        save_model_and_processor(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, output_dir)
         _write_log(output_dir, trainer.state.log_history)
         save_training_info(output_dir, metrics=metrics | {"training_seconds": round(seconds, 2)}, status="finished")
         logger.info("saved to %s after %d steps in %.0f s", output_dir, trainer.state.global_step, seconds)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlmtune.batching.encode import Encoder
 from vlmtune.batching.masks import additive, tree_masks
+from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.models.family import Family
 
 
@@ -50,3 +54,11 @@ def shared_row_inputs(family: Family, model: nn.Module, inputs: dict[str, Any]) 
         made["position_ids"] = axes
     made["attention_mask"] = masks if family.sliding_window else masks["full_attention"]
     return made
+
+
+def dummy_image(encoder: Encoder) -> dict[str, torch.Tensor]:
+    """Return the tensors of a black square, as the family's image processor makes them."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    inputs = encoder.images(Sample("dummy", (ImageRef(bytes=file.getvalue()),), ()))
+    return {name: torch.as_tensor(inputs[name]) for name in encoder.family.image_inputs}

@@ -8,27 +8,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers.trainer_utils import EvalLoopOutput
 
 from vlmtune.batching.collator import IGNORE_INDEX, BaseVLMDataCollator
 from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
 from vlmtune.models.checkpoint import is_adapter_dir, load_adapter, load_full_weights, save_model_and_processor
 from vlmtune.models.families import get_family
+from vlmtune.models.provenance import base_fingerprint, base_model
 from vlmtune.training.answer_pictures import show_answers
 from vlmtune.training.answer_scores import AnswerScorer
 from vlmtune.training.callbacks import LoggingCallback
+from vlmtune.training.loaders import batch_loader
 from vlmtune.training.loss import install_supervised_loss, targets_from_labels
-from vlmtune.training.shared_rows import shared_row_inputs
+from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
 
 IdsByBatch = list[list[str]]
 # The base class writes it last.
@@ -50,6 +50,7 @@ class MemoryEfficientTrainer(Trainer):
         *args: as ``transformers.Trainer``.
         loss_chunk_tokens: supervised tokens the LM head takes at a time; 0 chooses by the vocabulary.
         train_sampler: makes the training batches of this rank; the base class's random ones by default.
+        eval_sampler: the same for ``eval_dataset``, so that no sample is evaluated twice to fill a rank's batch.
         answer_scorer: scores generated answers at each evaluation; by default the loss alone is taken.
         **kwargs: as ``transformers.Trainer``; ``processing_class`` is the processor.
     """
@@ -59,6 +60,7 @@ class MemoryEfficientTrainer(Trainer):
         *args: Any,
         loss_chunk_tokens: int = 0,
         train_sampler: ImageGroupSampler | None = None,
+        eval_sampler: ImageGroupSampler | None = None,
         answer_scorer: AnswerScorer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -68,8 +70,15 @@ class MemoryEfficientTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         install_supervised_loss(self.model, chunk_tokens=loss_chunk_tokens)
         self.family = get_family(self.accelerator.unwrap_model(self.model))
-        self.train_sampler = train_sampler
+        self.train_sampler, self.eval_sampler = train_sampler, eval_sampler
         self.answer_scorer = answer_scorer
+        self._dummy_image: dict[str, Tensor] | None = None
+        # Taken before weights are sharded: no rank alone can read them later.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._fingerprint = base_fingerprint(self.model) if sharded else None
+        base = base_model(self.model)
+        tower = (base.get_submodule(self.family.parts[part]) for part in ("vision", "projector"))
+        self._tower_in_step = sharded or any(p.requires_grad for part in tower for p in part.parameters())
         self._step_ids: IdsByBatch = []
         self._eval_sums = self._no_sums()
         self.data_wait_seconds = 0.0
@@ -83,26 +92,17 @@ class MemoryEfficientTrainer(Trainer):
         if self.train_sampler is None:
             random_order: DataLoader[Any] = super().get_train_dataloader()
             return random_order
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.train_sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
-        # The sampler knows its rank; accelerate must not deal its batches out a second time.
-        prepared: DataLoader[Any] = prepare_data_loader(
-            loader,
-            device=self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=self.accelerator.device_placement,
-        )
-        return prepared
+        return self._loader(self.train_dataset, self.train_sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return the loader of the evaluation batches, those of ``eval_sampler`` where it is for this data set."""
+        if self.eval_sampler is None or eval_dataset not in (None, self.eval_dataset):
+            in_order: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
+            return in_order
+        return self._loader(self.eval_dataset, self.eval_sampler)
+
+    def _loader(self, rows: Any, sampler: ImageGroupSampler) -> DataLoader[Any]:
+        return batch_loader(rows, sampler, self.data_collator, self.args, self.accelerator)
 
     # -- loss ---------------------------------------------------------------------------------------------
 
@@ -141,6 +141,8 @@ class MemoryEfficientTrainer(Trainer):
         if "target_sources" not in inputs:
             inputs["target_sources"], inputs["target_ids"] = targets_from_labels(inputs.pop("labels"))
         inputs |= shared_row_inputs(self.family, self.accelerator.unwrap_model(model), inputs)
+        if self._needs_dummy_image(inputs):
+            inputs["dummy_image"] = self._dummy()
         count = num_items_in_batch if num_items_in_batch is not None else len(inputs["target_ids"])
         total = model(**inputs)["loss"]
         if not torch.isfinite(total):
@@ -149,10 +151,34 @@ class MemoryEfficientTrainer(Trainer):
         loss = total / max(int(count), 1) * (self.args.world_size if model.training else 1)
         return (loss, {"loss": loss, "total": total}) if return_outputs else loss
 
+    def _needs_dummy_image(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether this rank must call the tower for nothing, because others may call it in this step.
+
+        Ranks that shard weights gather them layer by layer, and all must call the same layers; so must ranks whose
+        gradients of the tower are averaged.
+        """
+        collator = self.data_collator
+        if self.args.world_size == 1 or not self._tower_in_step or not isinstance(collator, BaseVLMDataCollator):
+            return False
+        if getattr(collator, "cache", None) is not None:
+            return False
+        return "mm_encoder_outputs" not in inputs and self.family.image_inputs[0] not in inputs
+
+    def _dummy(self) -> dict[str, Tensor]:
+        if self._dummy_image is None:
+            self._dummy_image = dummy_image(self.data_collator.encoder)
+        return {name: tensor.to(self.args.device) for name, tensor in self._dummy_image.items()}
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._finite_norm(super()._clip_grad_norm(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # One process and many must take the same step: a tower that no image went through has the gradient nought
+        # on many ranks, by their dummy image, so that its momentum and weight decay go on.
+        if self._tower_in_step and self.args.world_size == 1:
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         return self._finite_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
 
     def _finite_norm(self, norm: Any) -> Any:
@@ -216,8 +242,14 @@ class MemoryEfficientTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         save_model_and_processor(
-            self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict=state_dict
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            folder,
+            state_dict=state_dict,
+            fingerprint=self._fingerprint,
         )
+        if folder == Path(str(self.args.output_dir)):
+            return
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
         (folder / "training_args.json").write_text(arguments + "\n")
 
