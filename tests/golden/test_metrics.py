@@ -49,6 +49,7 @@ def test_tokens_are_those_of_stanfords_tokenizer(reference_files: Path) -> None:
         ("bleu4", "Bleu_4"),
         ("rouge_l", "ROUGE_L"),
         ("cider", "CIDEr"),
+        ("meteor", "METEOR"),
     ],
 )
 def test_captions_score_as_in_coco_caption(name: str, published: str, captions, expected) -> None:

@@ -17,6 +17,7 @@ from vlmtune.evaluation.metrics.detection import DETECTION
 from vlmtune.evaluation.metrics.error_rates import CER, WER
 from vlmtune.evaluation.metrics.exact_match import EXACT_MATCH
 from vlmtune.evaluation.metrics.grounding import GROUNDING_ACCURACY, IOU
+from vlmtune.evaluation.metrics.meteor import METEOR
 from vlmtune.evaluation.metrics.multiple_choice import MULTIPLE_CHOICE
 from vlmtune.evaluation.metrics.pope import POPE_ACCURACY, POPE_F1, POPE_PRECISION, POPE_RECALL, POPE_YES_RATIO
 from vlmtune.evaluation.metrics.token_f1 import TOKEN_F1
@@ -37,6 +38,7 @@ METRICS: dict[str, Metric] = {
         *BLEU,
         ROUGE_L,
         CIDER,
+        METEOR,
         ANLS,
         RELAXED_ACCURACY,
         CER,
@@ -59,9 +61,9 @@ def get_metric(name: str) -> Metric:
         ConfigError: the name is unknown, the metric's library is not installed, or the path leads to no function.
     """
     if name in METRICS:
-        library, extra = METRICS[name].needs or ("sys", "")
-        if importlib.util.find_spec(library) is None:
-            raise ConfigError(f"The metric {name} needs {library}: pip install 'vlmtune[{extra}]'.")
+        libraries, extra = METRICS[name].needs or ((), "")
+        if missing := [library for library in libraries if importlib.util.find_spec(library) is None]:
+            raise ConfigError(f"The metric {name} needs {' and '.join(missing)}: pip install 'vlmtune[{extra}]'.")
         return METRICS[name]
     module, _, function = name.rpartition(".")
     if not module:

@@ -102,7 +102,7 @@ class Metric:
         code: the implementation whose numbers it gives.
         percent: the scale is 0 to 1 and is shown as a percentage.
         higher_is_better: for choosing the best checkpoint.
-        needs: a library that it needs, and the extra of vlmtune that installs it.
+        needs: libraries that it needs, and the extra of vlmtune that installs them.
     """
 
     name: str
@@ -112,4 +112,4 @@ class Metric:
     code: str
     percent: bool = True
     higher_is_better: bool = True
-    needs: tuple[str, str] | None = None
+    needs: tuple[tuple[str, ...], str] | None = None

@@ -58,7 +58,7 @@ def _caption(tokens: Sequence[str]) -> _Caption:
     return _Caption(len(tokens), ngrams)
 
 
-def _tokens(
+def tokens_of(
     answers: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], list[list[list[str]]], tuple[str, ...]]:
     """Return the answers' and references' tokens, and what to note about them."""
@@ -86,7 +86,7 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]], *, order: 
 
     The value of a sample is the BLEU of that answer alone.
     """
-    said, wanted, notes = _tokens(answers, references)
+    said, wanted, notes = tokens_of(answers, references)
     rows = np.zeros((len(said), 2 + 2 * ORDERS))
     for row, tokens, options in zip(rows, said, wanted, strict=True):
         answer, captions = _caption(tokens), [_caption(option) for option in options]
@@ -115,7 +115,7 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 
 def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """Score each answer by ROUGE-L: F with beta 1.2 of the best precision and the best recall; the mean, 0 to 1."""
-    said, wanted, notes = _tokens(answers, references)
+    said, wanted, notes = tokens_of(answers, references)
     values = []
     for tokens, options in zip(said, wanted, strict=True):
         common = [(longest_common_subsequence(tokens, option), len(option)) for option in options]
@@ -210,7 +210,7 @@ def cider(
         frequencies: document frequencies of another set of captions. By default those of ``references``, as in
             coco-caption; then a few images give other values than many: a single one gives 0.
     """
-    said, wanted, notes = _tokens(answers, references)
+    said, wanted, notes = tokens_of(answers, references)
     captions = [[_caption(tokens) for tokens in options] for options in wanted]
     if frequencies is None:
         frequencies = DocumentFrequencies._of_captions(captions)

@@ -269,7 +269,7 @@ def _metric(name: str, summary: str, thresholds: Sequence[float] | None) -> Metr
         compute=partial(detection_map, thresholds=thresholds),
         paper="arXiv:1405.0312",
         code="pycocotools COCOeval",
-        needs=("pycocotools", "detection"),
+        needs=(("pycocotools",), "detection"),
     )
 
 
