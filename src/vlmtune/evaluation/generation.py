@@ -46,13 +46,21 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    """A prompt cut after its last image: ``prefix`` through the image, ``rest`` after it."""
+class Prompt:
+    """A prompt, or one with its answer, cut after its last image: ``prefix`` through the image, ``rest`` after it."""
 
     encoded: EncodedSample
     images: tuple[Any, ...]
     prefix: tuple[int, ...]
     rest: tuple[int, ...]
+
+    @classmethod
+    def cut(cls, encoded: EncodedSample, images: tuple[Any, ...]) -> Prompt:
+        """Cut after the last image's tokens; at least one token is left to predict from."""
+        ids = encoded.input_ids
+        last_image = max((i for i, flag in enumerate(encoded.token_type_ids) if flag), default=-1)
+        place = min(last_image + 1, len(ids) - 1)
+        return cls(encoded, images, tuple(ids[:place]), tuple(ids[place:]))
 
 
 class AnswerGenerator:
@@ -92,14 +100,19 @@ class AnswerGenerator:
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Answer]:
         """Answer each sample's prompt, in order; equal prompts about equal images are answered once."""
+        with self.evaluating(), self._seeded(samples):
+            return self._answers(samples)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the model in evaluation mode with its cache of keys and values on, and back afterwards."""
         cache = self.model.config.get_text_config().use_cache
         in_training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         # Training turns the cache of keys and values off.
         self.model.config.get_text_config().use_cache = True
         try:
-            with self._seeded(samples):
-                return self._answers(samples)
+            yield
         finally:
             self.model.config.get_text_config().use_cache = cache
             for module in in_training:
@@ -131,7 +144,7 @@ class AnswerGenerator:
             answers |= dict(zip(batch, found, strict=True))
         return [answers[places[sample.images, sample.prompt]] for sample in samples]
 
-    def _encode(self, samples: Sequence[Sample]) -> list[_Prompt]:
+    def _encode(self, samples: Sequence[Sample]) -> list[Prompt]:
         prompts, decoded = [], dict[Any, Any]()
         for sample in samples:
             # An image is decoded once; prompts about it hold the same tensors.
@@ -139,14 +152,10 @@ class AnswerGenerator:
             if self.share:
                 inputs = decoded.setdefault(sample.images, encoded.image_inputs)
                 encoded = dataclasses.replace(encoded, image_inputs=inputs)
-            ids = encoded.input_ids
-            last_image = max((i for i, flag in enumerate(encoded.token_type_ids) if flag), default=-1)
-            # At least one token must be left to predict from.
-            cut = min(last_image + 1, len(ids) - 1)
-            prompts.append(_Prompt(encoded, sample.images, tuple(ids[:cut]), tuple(ids[cut:])))
+            prompts.append(Prompt.cut(encoded, sample.images))
         return prompts
 
-    def _separate(self, prompts: list[_Prompt]) -> Iterator[tuple[list[int], list[Answer]]]:
+    def _separate(self, prompts: list[Prompt]) -> Iterator[tuple[list[int], list[Answer]]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].encoded.input_ids))
         tokenizer, options = self.processor.tokenizer, self.options
         for start in range(0, len(order), options.eval_batch_size):
@@ -175,24 +184,15 @@ class AnswerGenerator:
             share = (time.perf_counter() - began) / len(chosen)
             yield chosen, [self._answer(tokens, share) for tokens in new]
 
-    def _shared(self, prompts: list[_Prompt]) -> Iterator[tuple[list[int], list[Answer]]]:
-        by_image: dict[Any, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            by_image[prompt.images, prompt.prefix].append(index)
-        by_length: dict[int, list[list[int]]] = defaultdict(list)
-        for members in by_image.values():
-            by_length[len(prompts[members[0]].prefix)].append(members)
-        for length, groups in by_length.items():
-            # Without images there is nothing to share: one group holds all.
-            blocks = [groups] if not length else _blocks(groups, self.options.eval_batch_size)
-            for block in blocks:
-                yield from self._block(prompts, block)
+    def _shared(self, prompts: list[Prompt]) -> Iterator[tuple[list[int], list[Answer]]]:
+        for block in blocks_of(prompts, self.options.eval_batch_size):
+            yield from self._block(prompts, block)
 
-    def _block(self, prompts: list[_Prompt], groups: list[list[int]]) -> Iterator[tuple[list[int], list[Answer]]]:
+    def _block(self, prompts: list[Prompt], groups: list[list[int]]) -> Iterator[tuple[list[int], list[Answer]]]:
         """Prefill the prefix of each group in one batch, then answer prompts with rests of one length together."""
         began = time.perf_counter()
         members = [index for group in groups for index in group]
-        cache = self._prefill([prompts[group[0]] for group in groups])
+        cache = self.prefill([prompts[group[0]] for group in groups])
         prefill = (time.perf_counter() - began) / len(members)
         by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for row, group in enumerate(groups):
@@ -205,12 +205,13 @@ class AnswerGenerator:
                 rows = torch.tensor([row for row, _ in part], device=self.device)
                 rest = torch.tensor([prompts[index].rest for _, index in part], device=self.device)
                 n_prefix = len(prompts[part[0][1]].prefix)
-                axes = self._axes([prompts[index] for _, index in part], slice(n_prefix, None))
-                new = self._decode(_rows_of(cache, rows), n_prefix, rest, axes)
+                axes = self.axes([prompts[index] for _, index in part], slice(n_prefix, None))
+                new = self._decode(rows_of(cache, rows), n_prefix, rest, axes)
                 share = prefill + (time.perf_counter() - began) / len(part)
                 yield [index for _, index in part], [self._answer(tokens, share) for tokens in new]
 
-    def _prefill(self, firsts: list[_Prompt]) -> Any:
+    def prefill(self, firsts: list[Prompt]) -> Any:
+        """Return the keys and values of the prompts' prefixes, all of one length; nothing where that is nought."""
         if not firsts[0].prefix:
             return None
         ids = torch.tensor([prompt.prefix for prompt in firsts])
@@ -219,12 +220,12 @@ class AnswerGenerator:
             types = [prompt.encoded.token_type_ids[: len(prompt.prefix)] for prompt in firsts]
             inputs["token_type_ids"] = torch.tensor(types)
         inputs |= join_images([prompt.encoded for prompt in firsts], self.family)
-        axes = self._axes(firsts, slice(0, len(firsts[0].prefix)))
+        axes = self.axes(firsts, slice(0, len(firsts[0].prefix)))
         inputs |= {} if axes is None else {"position_ids": axes}
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return self.model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
 
-    def _axes(self, prompts: list[_Prompt], span: slice) -> Tensor | None:
+    def axes(self, prompts: list[Prompt], span: slice) -> Tensor | None:
         """Positions of the prompts' tokens on each axis, (axes, B, tokens), where they have several."""
         if self.family.positions_of is None:
             return None
@@ -270,13 +271,25 @@ class AnswerGenerator:
         return Answer(text, end is not None, len(kept) + (end is not None), seconds)
 
 
-def _blocks(groups: list[list[int]], most: int) -> Iterator[list[list[int]]]:
-    """Cut the groups into runs of ``most`` images: their prefixes are in memory together."""
-    for start in range(0, len(groups), most):
-        yield groups[start : start + most]
+def blocks_of(prompts: Sequence[Prompt], most: int) -> Iterator[list[list[int]]]:
+    """Yield runs of ``most`` groups of prompts: each shares a prefix, and the prefixes of a run are of one length.
+
+    The keys and values of a run's prefixes are in memory together.
+    """
+    by_image: dict[Any, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_image[prompt.images, prompt.prefix].append(index)
+    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    for members in by_image.values():
+        by_length[len(prompts[members[0]].prefix)].append(members)
+    for length, groups in by_length.items():
+        # Without images there is nothing to share: one group holds all.
+        size = most if length else len(groups)
+        for start in range(0, len(groups), size):
+            yield groups[start : start + size]
 
 
-def _rows_of(cache: Any, rows: Tensor) -> Any:
+def rows_of(cache: Any, rows: Tensor) -> Any:
     """Return a copy of a cache with the rows chosen, each as often as it is named."""
     if cache is None:
         return None
