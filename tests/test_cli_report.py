@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from vlmtune import cli
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.metrics import METRICS
-from vlmtune.evaluation.runner import Prediction, score
+from vlmtune.evaluation.runner import score
 
 COLORS = ("red", "green", "blue", "teal")
 

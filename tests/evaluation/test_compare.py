@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from vlmtune.errors import EvaluationError
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.compare import compare, format_comparison
-from vlmtune.evaluation.runner import Prediction
 
 
 def predictions(answers: dict[str, str], reference: str = "red") -> list[Prediction]:

@@ -8,10 +8,11 @@ import math
 import pytest
 
 from vlmtune.errors import EvaluationError
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.compare import compare
 from vlmtune.evaluation.metrics import Metric, Scores, get_metric
 from vlmtune.evaluation.metrics.robust import robust_scores
-from vlmtune.evaluation.runner import Prediction, format_table, score
+from vlmtune.evaluation.runner import format_table, score
 
 
 def predictions(*answers: str) -> list[Prediction]:

@@ -13,8 +13,9 @@ from vlmtune.config import GenerationArguments
 from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import ConfigError, EvaluationError, OutputError
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.generation import Answer, AnswerGenerator
-from vlmtune.evaluation.runner import Prediction, evaluate, format_table, read_predictions, score
+from vlmtune.evaluation.runner import evaluate, format_table, read_predictions, score
 
 ANSWERS = ["red", "blue", "green", "дог — ☂", "two\nlines", "odd\u2028\x85line\x1eends", 'quotes "', ""]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmtune.evaluation.runner import Prediction, score
+from vlmtune.evaluation.answering import Prediction
+from vlmtune.evaluation.runner import score
 from vlmtune.report.data import read_records
 from vlmtune.report.page import render
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.evaluation.runner import Prediction
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.report.data import read_records
 from vlmtune.report.page import write_report
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vlmtune.errors import EvaluationError, MissingDependencyError, OutputError
-from vlmtune.evaluation.runner import Prediction
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.report.data import read_records
 from vlmtune.report.page import render, write_report
 

@@ -71,9 +71,16 @@ class EvaluationArguments(GenerationArguments):
         "format.",
     )
     eval_samples: int | None = option(
-        None, help="Generate answers for this many evaluation samples, drawn at random; by default for all."
+        None,
+        help="Generate answers for this many evaluation samples, drawn at random with each question type in its "
+        "share; by default for all.",
     )
 
+    choose_by: Literal["likelihood", "text"] = option(
+        "likelihood",
+        help="How a question with lettered options is answered: by the letter that the model finds likeliest, or by "
+        "the letter in a generated text.",
+    )
     honesty: Literal["on", "off"] = option(
         "on",
         help="Also answer with shuffled and with blank images, and without the adapter, to see whether the model looks "

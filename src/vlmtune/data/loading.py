@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from vlmtune.data import images
 from vlmtune.data.formats import FORMATS, Format, Source, easy_vqa
 from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
 from vlmtune.data.quarantine import Quarantine
-from vlmtune.data.sample import Sample
+from vlmtune.data.sample import TYPE_FIELDS, Sample
 from vlmtune.errors import DataError, FormatError, nearest
 
 logger = logging.getLogger("vlmtune.data")
@@ -164,6 +165,30 @@ def subset(data: LoadedData, count: int | None, seed: int) -> LoadedData:
         return data
     chosen = np.sort(np.random.default_rng(seed).permutation(len(data.dataset))[:count])
     return LoadedData(data.dataset.select(chosen), data.quarantine, data.format, data.source)
+
+
+def stratified(data: LoadedData, count: int | None, seed: int) -> LoadedData:
+    """Draw ``count`` rows by ``seed`` with each question type in its share; as :func:`subset` where none is known.
+
+    Shares are rounded by the largest remainder; of equal ones the type that comes first in the alphabet is favoured.
+    """
+    if count is None or count >= len(data.dataset):
+        return data
+    places: dict[str, list[int]] = {}
+    for index, meta in enumerate(data.dataset["meta"]):
+        known = json.loads(meta) if isinstance(meta, str) else meta or {}
+        places.setdefault(str(next((known[name] for name in TYPE_FIELDS if known.get(name)), "")), []).append(index)
+    kinds = sorted(places)
+    shares = [count * len(places[kind]) / len(data.dataset) for kind in kinds]
+    left = count - sum(map(int, shares))
+    ups = set(sorted(range(len(kinds)), key=lambda i: int(shares[i]) - shares[i])[:left])
+    rng = np.random.default_rng(seed)
+    chosen = [
+        place
+        for i, kind in enumerate(kinds)
+        for place in rng.permutation(places[kind])[: int(shares[i]) + (i in ups)].tolist()
+    ]
+    return LoadedData(data.dataset.select(sorted(chosen)), data.quarantine, data.format, data.source)
 
 
 def split_by_image(data: LoadedData, fraction: float, seed: int) -> tuple[LoadedData, LoadedData]:

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlmtune.data.images import decode
 from vlmtune.data.sample import ImageRef
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.metrics.exact_match import normalize
-from vlmtune.evaluation.runner import Prediction
 
 COLUMNS, CELL, THUMBNAIL, MARGIN = 2, (560, 150), 128, 12
 INK, RIGHT, WRONG, PALE = (40, 40, 40), (20, 120, 50), (180, 40, 40), (247, 247, 247)

@@ -14,10 +14,11 @@ from vlmtune.config import GenerationArguments, parse_recipe
 from vlmtune.data.loading import LoadedData, load_samples, subset
 from vlmtune.demo.picture import draw_answers
 from vlmtune.errors import OutputError
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.compare import Comparison, compare, format_comparison
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.honesty import check_honesty, format_honesty
-from vlmtune.evaluation.runner import Evaluation, Prediction, evaluate, scored_samples
+from vlmtune.evaluation.runner import Evaluation, evaluate, scored_samples
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.report.data import read_records
 from vlmtune.report.page import write_report

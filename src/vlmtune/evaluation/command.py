@@ -21,7 +21,15 @@ from vlmtune.config import (
 )
 from vlmtune.config.serving import PredictArguments
 from vlmtune.data.formats import FORMATS
-from vlmtune.data.loading import LoadedData, choose_format, load_samples, load_train_and_eval, resolve, subset
+from vlmtune.data.loading import (
+    LoadedData,
+    choose_format,
+    load_samples,
+    load_train_and_eval,
+    resolve,
+    stratified,
+    subset,
+)
 from vlmtune.data.sample import ImageRef
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 from vlmtune.evaluation.compare import compare, format_comparison
@@ -57,7 +65,7 @@ def run_evaluation(
     for name in evaluation_args.metrics or ():
         get_metric(name)
     data = load_evaluation_data(data_args)
-    data = subset(data, evaluation_args.eval_samples, data_args.split_seed)
+    data = stratified(data, evaluation_args.eval_samples, data_args.split_seed)
     metrics = evaluation_args.metrics or list(FORMATS[data.format].metrics)
     compared = read_predictions(output_args.compare_to) if output_args.compare_to else None
     folder = evaluation_folder(model_args, adapter_args, output_args)
@@ -65,7 +73,8 @@ def run_evaluation(
     model, processor = load(model_args, adapter_args, quantization_args)
     generator = AnswerGenerator(model, processor, evaluation_args, max_pixels=data_args.max_pixels)
     name = adapter_args.adapter or model_args.model_name_or_path
-    found = evaluate(generator, data.dataset, metrics, folder, name=str(name), progress=progress)
+    how: dict[str, Any] = {"name": str(name), "progress": progress, "choose_by": evaluation_args.choose_by}
+    found = evaluate(generator, data.dataset, metrics, folder, **how)
     lines = [format_table(found.table), f"Answers and scores are in {folder}."]
     if evaluation_args.honesty == "on":
         honesty = check_honesty(
@@ -74,11 +83,10 @@ def run_evaluation(
             found,
             metrics,
             folder,
-            name=str(name),
+            **how,
             base=None if output_args.compare_to else base_of(model),
             training=training_images(data_args),
             base_skipped="compare_to names what to compare with" if output_args.compare_to else None,
-            progress=progress,
         )
         lines[1:1] = ["", format_honesty(honesty), ""]
     if compared is not None:

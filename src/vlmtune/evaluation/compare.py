@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmtune.errors import EvaluationError
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.metrics import Scores
 from vlmtune.evaluation.metrics.bootstrap import paired_difference
-from vlmtune.evaluation.runner import Prediction, score
+from vlmtune.evaluation.runner import score
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.evaluation.compare import compare
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import get_metric
-from vlmtune.evaluation.runner import SCORES, Evaluation, Progress, evaluate
+from vlmtune.evaluation.ranks import by_first
+from vlmtune.evaluation.runner import SCORES, Evaluation, Progress, ended_share, evaluate
 
 logger = logging.getLogger("vlmtune.evaluation")
 MOST_SAMPLES = 500
@@ -42,6 +43,7 @@ def check_honesty(
     name: str,
     base: str | None = None,
     base_skipped: str | None = None,
+    choose_by: str = "likelihood",
     seed: int = 0,
     training: Iterable[ImageRef] | str | None = None,
     progress: Progress | None = None,
@@ -60,6 +62,7 @@ def check_honesty(
         name: the model's, for the record.
         base: the base model's name, where the model is an adapter and its base is to be scored too.
         base_skipped: why the base is not scored, for the record.
+        choose_by: as in :func:`vlmtune.evaluation.runner.evaluate`.
         seed: of the choice of samples and of the shuffling.
         training: the training images, to find those that are scored too; or why they are not looked at.
         progress: called after each block of answers.
@@ -77,7 +80,13 @@ def check_honesty(
     def run(check: str, asked: Sequence[Sample], label: str) -> None:
         logger.info("checking against %s: %s samples", TITLES[check], f"{len(asked):,}")
         dataset = datasets.Dataset.from_list([sample.to_row() for sample in asked])
-        other = evaluate(generator, dataset, metrics, place / check, name=label, progress=progress, merge_equal=False)
+        other = evaluate(
+            *(generator, dataset, metrics, place / check),
+            name=label,
+            progress=progress,
+            merge_equal=False,
+            choose_by=choose_by,
+        )
         compared = compare(other.predictions, found.predictions, metrics)
         result[check] = {
             "samples": len(compared.pairs),
@@ -105,13 +114,12 @@ def check_honesty(
         else:
             run("shuffled", shuffled, name)
         run("blank", blank_images(chosen, generator.encoder.max_pixels), name)
-    ended = sum(prediction.ended for prediction in found.predictions)
-    result["ended_by_terminator"] = ended / len(found.predictions)
+    result["ended_by_terminator"] = ended_share(found.predictions)
     if isinstance(training, str):
         result["training_images"] = {"skipped": training}
     elif training is not None:
         result["training_images"] = shared_images(training, samples)
-    _add_to_scores(place / SCORES, result)
+    by_first(lambda: _add_to_scores(place / SCORES, result))
     return result
 
 

@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,16 @@ from torch import nn
 from vlmtune.data.loading import fingerprint
 from vlmtune.data.sample import Sample
 from vlmtune.errors import EvaluationError, OutputError
-from vlmtune.evaluation.generation import Answer, AnswerGenerator
+from vlmtune.evaluation.answering import Answerer, Prediction
+from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import Scores, get_metric
 from vlmtune.evaluation.metrics.bootstrap import interval
 from vlmtune.evaluation.metrics.robust import robust_scores
+from vlmtune.evaluation.ranks import by_first, count, is_first, shared_out
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
 # Called with (answers done, answers in all).
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One sample's answer and what it is scored against; ``meta`` is the sample's own, such as its question type."""
-
-    id: str
-    prompt: str
-    images: tuple[str, ...]
-    answer: str
-    references: tuple[str, ...]
-    ended: bool
-    tokens: int
-    seconds: float
-    meta: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,8 +58,9 @@ def evaluate(
     name: str,
     progress: Progress | None = None,
     merge_equal: bool = True,
+    choose_by: str = "likelihood",
 ) -> Evaluation:
-    """Answer every sample and score the answers.
+    """Answer every sample and score the answers; of several processes each answers its part.
 
     Args:
         generator: of the model to score.
@@ -81,13 +70,13 @@ def evaluate(
         name: the model's, for the record.
         progress: called after each block of answers.
         merge_equal: rows that ask the same and share their references are one sample.
+        choose_by: ``likelihood`` or ``text``, where a question has lettered options.
 
     Raises:
         OutputError: the folder holds another evaluation.
         EvaluationError: there is nothing to score, or a metric cannot score it.
     """
-    for metric in metrics:
-        get_metric(metric)
+    reads = [get_metric(metric).reads for metric in metrics]
     samples = scored_samples(dataset, merge_equal=merge_equal)
     if not samples:
         raise EvaluationError("There are no samples with references to score against.")
@@ -101,29 +90,37 @@ def evaluate(
             for field in dataclasses.fields(generator.options)
             if field.name in ("max_new_tokens", "temperature", "top_p")
         }
-        | {"seed": generator.seed},
+        | {"seed": generator.seed, "choose_by": choose_by, "reference_loss": "reference_loss" in reads},
     }
-    done = _open_folder(folder, settings)
+    done = by_first(lambda: _open_folder(folder, settings))
     pending = [sample for sample in samples if sample.id not in done]
-    with (folder / PREDICTIONS).open("a", encoding="utf-8") as file:
-        for block in _blocks(pending, 8 * generator.options.eval_batch_size):
-            for sample, answer in zip(block, generator(block), strict=True):
-                prediction = _prediction(sample, answer)
-                done[sample.id] = prediction
-                file.write(_line(prediction))
-            file.flush()
-            if progress:
+    answerer = Answerer(generator, choose_by=choose_by, reads=reads)
+    with (folder / PREDICTIONS).open("a", encoding="utf-8") if is_first() else nullcontext() as file:
+        for block in _blocks(pending, 8 * generator.options.eval_batch_size * count()):
+            for prediction in shared_out(block, answerer):
+                done[prediction.id] = prediction
+                if file:
+                    file.write(_line(prediction))
+            if file:
+                file.flush()
+            if progress and is_first():
                 progress(len(done), len(samples))
     found = score([done[sample.id] for sample in samples], metrics)
     record = {
         "model": name,
         "samples": len(samples),
         "metrics": found.table,
-        "ended_by_terminator": sum(p.ended for p in found.predictions) / len(samples),
+        "ended_by_terminator": ended_share(found.predictions),
         "answer_seconds": round(sum(p.seconds for p in found.predictions), 3),
     }
-    _write(folder / SCORES, json.dumps(record, indent=2) + "\n")
+    by_first(lambda: _write(folder / SCORES, json.dumps(record, indent=2) + "\n"))
     return found
+
+
+def ended_share(predictions: Sequence[Prediction]) -> float:
+    """Return the share of the generated answers that the model ended by itself; 1 where none was generated."""
+    generated = [prediction.ended for prediction in predictions if not prediction.options]
+    return sum(generated) / len(generated) if generated else 1.0
 
 
 def score(predictions: list[Prediction], metrics: Sequence[str]) -> Evaluation:
@@ -149,7 +146,8 @@ def score(predictions: list[Prediction], metrics: Sequence[str]) -> Evaluation:
     for name in metrics:
         metric = get_metric(name)
         try:
-            found = robust_scores(metric, answers, references, [prediction.id for prediction in predictions])
+            read = [getattr(prediction, metric.reads) for prediction in predictions] if metric.reads else None
+            found = robust_scores(metric, answers, references, [prediction.id for prediction in predictions], read)
         except ValueError as error:
             raise EvaluationError(f"{name} cannot score these answers: {error}.") from error
         low, high = interval(found)
@@ -208,22 +206,9 @@ def scored_samples(rows: Iterable[Mapping[str, Any]], *, merge_equal: bool = Tru
     return list(kept.values())
 
 
-def _prediction(sample: Sample, answer: Answer) -> Prediction:
-    return Prediction(
-        id=sample.id,
-        prompt="\n".join(message.text for message in sample.prompt if message.role == "user"),
-        images=tuple(image.name for image in sample.images),
-        answer=answer.text,
-        references=sample.references,
-        ended=answer.ended,
-        tokens=answer.tokens,
-        seconds=round(answer.seconds, 5),
-        meta=sample.meta,
-    )
-
-
 def _line(prediction: Prediction) -> str:
-    row = {name: value for name, value in dataclasses.asdict(prediction).items() if name != "meta" or value}
+    unsaid = {"meta": {}, "options": {}, "reference_loss": (0.0, 0)}
+    row = {name: value for name, value in dataclasses.asdict(prediction).items() if unsaid.get(name) != value}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -293,7 +278,8 @@ def _read(file: Path, *, last_may_be_cut: bool) -> dict[str, Prediction]:
             row = json.loads(line)
             if not isinstance(row["answer"], str) or not isinstance(row["references"], list):
                 raise TypeError("answer must be a text, and references a list of texts")
-            row["images"], row["references"] = tuple(row["images"]), tuple(row["references"])
+            for name in ("images", "references", *(["reference_loss"] if "reference_loss" in row else [])):
+                row[name] = tuple(row[name])
             found[row["id"]] = Prediction(**row)
         except (ValueError, KeyError, TypeError) as error:
             if last_may_be_cut and number == len(lines):

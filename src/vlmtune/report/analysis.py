@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from vlmtune.data.sample import TYPE_FIELDS
 from vlmtune.errors import ConfigError, EvaluationError
+from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.compare import compare
 from vlmtune.evaluation.metrics import METRICS, Scores, get_metric
 from vlmtune.evaluation.metrics.base import Array
 from vlmtune.evaluation.metrics.bootstrap import interval, paired_difference
 from vlmtune.evaluation.metrics.exact_match import normalize
-from vlmtune.evaluation.runner import Prediction, score
+from vlmtune.evaluation.runner import score
 from vlmtune.report.data import EvaluationRecord
 
-# Fields of a sample's meta that say what kind of question it is, the first found counts.
-TYPE_FIELDS = ("answer_type", "question_type", "type", "category", "task", "split")
 FEWEST_OF_A_TYPE = 5
 MOST_TYPES = 15
 MOST_LABELS = 12

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import EvaluationError
-from vlmtune.evaluation.runner import PREDICTIONS, SCORES, SETTINGS, Prediction, read_predictions
+from vlmtune.evaluation.answering import Prediction
+from vlmtune.evaluation.runner import PREDICTIONS, SCORES, SETTINGS, read_predictions
 
 RUN, LOG = "run.json", "log.jsonl"
 # Differ between any two runs and say nothing about them.

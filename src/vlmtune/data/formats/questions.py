@@ -10,6 +10,8 @@ from typing import Any
 from vlmtune.data.formats.files import RowError
 from vlmtune.data.sample import ImageRef, Message, Sample
 
+# Entry of a sample's meta: the letters of its options.
+LETTERS = "letters"
 BY_LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -49,8 +51,8 @@ def question_sample(
     return Sample(id, tuple(images), tuple(messages), tuple(references) or ((chosen,) if chosen else ()), meta or {})
 
 
-def choice_question(question: Any, choices: Any, answer: Any, hint: Any = None) -> tuple[str, str]:
-    """Return the prompt and the right letter of a multiple-choice question.
+def choice_question(question: Any, choices: Any, answer: Any, hint: Any = None) -> tuple[str, str, str]:
+    """Return the prompt of a multiple-choice question, the right letter, and all its letters.
 
     Args:
         question: the question.
@@ -76,7 +78,7 @@ def choice_question(question: Any, choices: Any, answer: Any, hint: Any = None) 
     else:
         raise RowError(f"its answer {answer!r} is none of its {len(options)} choices")
     lines = [_text(question), *(f"{letter}. {text}" for letter, text in zip(letters, options, strict=True)), BY_LETTER]
-    return "\n".join([f"Context: {_text(hint)}", *lines] if _text(hint) else lines), letter
+    return "\n".join([f"Context: {_text(hint)}", *lines] if _text(hint) else lines), letter, letters
 
 
 def _text(value: Any) -> str:

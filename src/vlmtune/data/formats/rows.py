@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
 from vlmtune.data.formats.files import RowError
-from vlmtune.data.formats.questions import choice_question, question_sample
+from vlmtune.data.formats.questions import LETTERS, choice_question, question_sample
 from vlmtune.data.sample import ROLES, ImageRef, Message, Part, Sample
 
 PLACE = "<image>"
@@ -114,8 +114,8 @@ def _question(row: Mapping[str, Any], name: str, images: Path) -> Sample:
     refs = listed_images(row, images)
     meta = _meta(row)
     if row.get("choices"):
-        question, letter = choice_question(row["question"], row["choices"], row.get("answer"), row.get("hint"))
-        return question_sample(name, refs, question, [letter], meta=meta)
+        question, letter, letters = choice_question(row["question"], row["choices"], row.get("answer"), row.get("hint"))
+        return question_sample(name, refs, question, [letter], meta={**meta, LETTERS: letters})
     answer, answers = row.get("answer"), row.get("answers")
     if answers is None and isinstance(answer, list):
         answer, answers = None, answer

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlmtune.data.formats.base import Format, Source
 from vlmtune.data.formats.files import find_folder, head_of, read_json, require_split, samples_of
-from vlmtune.data.formats.questions import choice_question, question_sample
+from vlmtune.data.formats.questions import LETTERS, choice_question, question_sample
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.errors import DataError
@@ -47,8 +47,8 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     def make(_: str, item: Any) -> Sample:
         number, row = item
         refs = [ImageRef(path=str(images / _image(number, row)))] if row.get("image") else []
-        question, letter = choice_question(row["question"], row["choices"], row["answer"], row.get("hint"))
-        meta = {name: row[name] for name in ("split", "subject", "topic") if row.get(name)}
+        question, letter, letters = choice_question(row["question"], row["choices"], row["answer"], row.get("hint"))
+        meta = {name: row[name] for name in ("split", "subject", "topic") if row.get(name)} | {LETTERS: letters}
         return question_sample(number, refs, question, [letter], meta=meta)
 
     rows = ((f"{file.name}, problem {number}", (number, row)) for number, row in chosen.items())

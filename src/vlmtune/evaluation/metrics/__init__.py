@@ -19,6 +19,7 @@ from vlmtune.evaluation.metrics.exact_match import EXACT_MATCH
 from vlmtune.evaluation.metrics.grounding import GROUNDING_ACCURACY, IOU
 from vlmtune.evaluation.metrics.meteor import METEOR
 from vlmtune.evaluation.metrics.multiple_choice import MULTIPLE_CHOICE
+from vlmtune.evaluation.metrics.perplexity import PERPLEXITY
 from vlmtune.evaluation.metrics.pope import POPE_ACCURACY, POPE_F1, POPE_PRECISION, POPE_RECALL, POPE_YES_RATIO
 from vlmtune.evaluation.metrics.token_f1 import TOKEN_F1
 from vlmtune.evaluation.metrics.vqa import VQA_ACCURACY
@@ -46,6 +47,7 @@ METRICS: dict[str, Metric] = {
         IOU,
         GROUNDING_ACCURACY,
         *DETECTION,
+        PERPLEXITY,
     )
 }
 # BLEU without a number is BLEU-4.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -96,20 +96,22 @@ class Metric:
     Attributes:
         name: its name in recipes.
         summary: one line for people, with the scale.
-        compute: (answers, references of each) -> :class:`Scores`. Raises ``ValueError`` for references it
-            cannot score against.
+        compute: (answers, references of each, and what it ``reads``) -> :class:`Scores`. Raises ``ValueError`` for
+            references it cannot score against.
         paper: where it is defined.
         code: the implementation whose numbers it gives.
         percent: the scale is 0 to 1 and is shown as a percentage.
         higher_is_better: for choosing the best checkpoint.
+        reads: attribute of the predictions that ``compute`` takes as a third argument, one entry a sample.
         needs: libraries that it needs, and the extra of vlmtune that installs them.
     """
 
     name: str
     summary: str
-    compute: Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]
+    compute: Callable[..., Scores]
     paper: str
     code: str
     percent: bool = True
     higher_is_better: bool = True
+    reads: str = ""
     needs: tuple[tuple[str, ...], str] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,11 @@ from vlmtune.evaluation.metrics.base import Metric, Scores
 
 
 def robust_scores(
-    metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str]
+    metric: Metric,
+    answers: Sequence[str],
+    references: Sequence[Sequence[str]],
+    ids: Sequence[str],
+    read: Sequence[Any] | None = None,
 ) -> Scores:
     """Score all samples; leave out those on which the metric raises or gives no finite number.
 
@@ -19,6 +24,7 @@ def robust_scores(
         answers: generated answers.
         references: of each.
         ids: names of the samples.
+        read: what the metric reads besides, one entry a sample.
 
     Returns:
         Scores of all n samples, so that two runs stay paired. A sample left out has the value NaN, adds nothing to
@@ -27,15 +33,16 @@ def robust_scores(
     Raises:
         ValueError: the metric can score no sample, or fails on all those together that it scores one by one.
     """
+    given = [answers, references, *([] if read is None else [read])]
     try:
-        found = _checked(metric, answers, references)
+        found = _checked(metric, *given)
     except Exception:  # a user's function may raise anything
         found = None
     reasons: dict[int, str] = {}
     if found is None:
-        for index, (answer, options) in enumerate(zip(answers, references, strict=True)):
+        for index, sample in enumerate(zip(*given, strict=True)):
             try:
-                if not _finite(_checked(metric, [answer], [options]))[0]:
+                if not _finite(_checked(metric, *([entry] for entry in sample)))[0]:
                     reasons[index] = "the score is not a number"
             except Exception as error:
                 reasons[index] = " ".join(str(error).split()) or type(error).__name__
@@ -49,7 +56,7 @@ def robust_scores(
         raise ValueError(f"it fails on every sample, such as {ids[first]!r}: {reasons[first]}")
     if found is None:
         try:
-            found = _checked(metric, [answers[i] for i in kept], [references[i] for i in kept])
+            found = _checked(metric, *([column[i] for i in kept] for column in given))
         except Exception as error:
             raise ValueError(f"it fails on all samples together: {error}") from error
     else:
@@ -65,10 +72,10 @@ def robust_scores(
     return Scores(values, columns, found.of_sums, (*found.notes, note), corpus)
 
 
-def _checked(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    found = metric.compute(answers, references)
-    if found.n != len(answers):
-        raise ValueError(f"it gave {found.n} values for {len(answers)} samples")
+def _checked(metric: Metric, *columns: Sequence[Any]) -> Scores:
+    found = metric.compute(*columns)
+    if found.n != len(columns[0]):
+        raise ValueError(f"it gave {found.n} values for {len(columns[0])} samples")
     return found
 
 
