@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -21,10 +23,11 @@ from vlmtune.data.loading import (
     load_samples,
     load_train_and_eval,
     split_by_image,
+    stratified,
     subset,
 )
 from vlmtune.data.quarantine import Quarantine
-from vlmtune.data.sample import Sample
+from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import ConfigError, DataError, FormatError
 
 Make = Callable[..., Path]
@@ -170,6 +173,24 @@ def test_a_subset_is_drawn_by_its_seed_in_order(captions: Path) -> None:
 def test_a_subset_of_everything_is_the_data(captions: Path, count: int | None) -> None:
     data = load_samples(captions)
     assert subset(data, count, 0) is data
+
+
+def test_a_stratified_draw_keeps_each_types_share() -> None:
+    kinds = ["yes/no"] * 60 + ["color"] * 30 + ["shape"] * 7 + [""] * 3
+    rows = [
+        Sample(f"{n}", (), (Message.make("user", "?"),), ("x",), {"answer_type": kind} if kind else {}).to_row()
+        for n, kind in enumerate(kinds)
+    ]
+    data = LoadedData(datasets.Dataset.from_list(rows), Quarantine(), "messages", "here")
+
+    def drawn(count: int, seed: int) -> list[int]:
+        return [int(name) for name in stratified(data, count, seed).dataset["id"]]
+
+    # 6, 3, 0.7 and 0.3; of 3.5 and 1.5 the one without a name is favoured.
+    assert Counter(kinds[n] for n in drawn(10, 0)) == {"yes/no": 6, "color": 3, "shape": 1}
+    assert Counter(kinds[n] for n in drawn(50, 0)) == {"yes/no": 30, "color": 15, "shape": 3, "": 2}
+    assert drawn(10, 0) == sorted(drawn(10, 0)) != drawn(10, 1)
+    assert stratified(data, 100, 0) is stratified(data, None, 0) is data
 
 
 def test_the_fingerprint_is_of_texts_names_and_order(captions: Path, messages_file: Make) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from vlmtune.config import GenerationArguments
+from vlmtune.data.formats.questions import LETTERS, choice_question
 from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import ConfigError, EvaluationError, OutputError
 from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.generation import Answer, AnswerGenerator
+from vlmtune.evaluation.likelihood import TextScorer
 from vlmtune.evaluation.runner import evaluate, format_table, read_predictions, score
 
 ANSWERS = ["red", "blue", "green", "дог — ☂", "two\nlines", "odd\u2028\x85line\x1eends", 'quotes "', ""]
@@ -315,3 +318,62 @@ def test_table() -> None:
         "exact_match   50.00 %  (95 % interval 25.00 to 75.60, n=1,234)",
         "cider          0.51  (95 % interval 0.40 to 0.60, n=1,234)",
     ]
+
+
+@pytest.fixture
+def tiny(tiny_gemma3_dir: Path):
+    from vlmtune.models.loading import load_model_for_inference
+
+    model, processor = load_model_for_inference(str(tiny_gemma3_dir), torch_dtype="float32")
+    return AnswerGenerator(model, processor, GenerationArguments(max_new_tokens=4, eval_batch_size=2))
+
+
+def choices(count: int = 5):
+    import datasets
+
+    rows = []
+    for number in range(count):
+        question, letter, letters = choice_question(f"Which is {number}?", ["red", "blue", "a dog"], number % 3)
+        messages = (Message.make("user", question), Message.make("assistant", letter))
+        rows.append(Sample(str(number), (), messages, (letter,), {LETTERS: letters}).to_row())
+    return datasets.Dataset.from_list(rows)
+
+
+class TestChoosing:
+    """Lettered options: the likeliest letter, or the text."""
+
+    def test_the_likeliest_letter_is_the_answer(self, tiny, tmp_path) -> None:
+        found = evaluate(tiny, choices(), ["multiple_choice"], tmp_path / "e", name="tiny")
+        expected = TextScorer(tiny).choose([Sample.from_row(row) for row in choices()], ["ABC"] * 5)
+        for prediction, options in zip(found.predictions, expected, strict=True):
+            assert prediction.options == pytest.approx(options, abs=1e-4)
+            assert prediction.answer == max(options, key=options.__getitem__)
+            assert prediction.tokens == 0
+        right = [p.answer == p.references[0] for p in found.predictions]
+        assert found.table["multiple_choice"]["value"] == sum(right) / 5
+        assert read_predictions(tmp_path / "e") == found.predictions
+        assert json.loads((tmp_path / "e" / "scores.json").read_text())["ended_by_terminator"] == 1
+
+    def test_by_text(self, tiny, tmp_path) -> None:
+        found = evaluate(tiny, choices(), ["multiple_choice"], tmp_path, name="tiny", choose_by="text")
+        assert all(p.tokens and not p.options for p in found.predictions)
+        with pytest.raises(OutputError, match="another generation"):
+            evaluate(tiny, choices(), ["multiple_choice"], tmp_path, name="tiny")
+
+
+def test_perplexity_is_of_the_references(tiny, tmp_path) -> None:
+    dataset = make_dataset(7)
+    found = evaluate(tiny, dataset, ["perplexity", "exact_match"], tmp_path, name="tiny")
+    samples = [Sample.from_row(row) for row in dataset]
+    losses = TextScorer(tiny)(samples, [sample.references[0] for sample in samples])
+    mean = sum(loss.loss for loss in losses) / sum(loss.tokens for loss in losses)
+    assert found.table["perplexity"]["value"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert found.table["perplexity"]["low"] < math.exp(mean) < found.table["perplexity"]["high"]
+    again = score(read_predictions(tmp_path), ["perplexity"])
+    assert again.table["perplexity"] == found.table["perplexity"]
+
+
+def test_perplexity_of_answers_without_it(tmp_path) -> None:
+    run(Scripted(), make_dataset(), tmp_path)
+    with pytest.raises(EvaluationError, match="name perplexity when the answers are generated"):
+        score(read_predictions(tmp_path), ["perplexity"])

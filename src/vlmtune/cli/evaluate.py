@@ -44,6 +44,7 @@ def evaluate(argv: list[str]) -> int:
     from vlmtune.config import ModelWithLoRAArguments, TrainingArguments
     from vlmtune.config.recipe import parse_arguments
     from vlmtune.evaluation.command import run_evaluation, score_file
+    from vlmtune.evaluation.ranks import is_first
 
     recipe_path, flags = recipe_and_flags(argv)
     ignored = [ModelWithLoRAArguments, VLMDataArguments, TrainingArguments]
@@ -54,5 +55,7 @@ def evaluate(argv: list[str]) -> int:
         print(score_file(*scoring))
         return 0
     made = parse_arguments(classes, flags, recipe_path, ignored=ignored)
-    print(run_evaluation(*made, progress=progress("Answering")))
+    told = run_evaluation(*made, progress=progress("Answering"))
+    if is_first():
+        print(told)
     return 0

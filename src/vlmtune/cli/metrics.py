@@ -19,7 +19,7 @@ def metrics(argv: list[str]) -> int:
         return 0
     if argv:
         refuse("metrics", argv[0], ("--help",))
-    from vlmtune.evaluation.metrics import METRICS
+    from vlmtune.evaluation.metrics import METRICS, WITH_ARGUMENT
 
     width = max(len(name) for name in METRICS) + 2
     for name, metric in METRICS.items():
@@ -30,5 +30,8 @@ def metrics(argv: list[str]) -> int:
                 f"{metric.paper}; {metric.code}", 118, initial_indent=" " * width, subsequent_indent=" " * width
             )
         )
+    for name, entry in WITH_ARGUMENT.items():
+        print(textwrap.fill(f"{name}:{entry.argument}  {entry.summary}", 118, subsequent_indent=" " * width))
+        print(" " * width + entry.paper)
     print("\nYour own function by its dotted path, such as my_metrics.length, is a metric too.")
     return 0

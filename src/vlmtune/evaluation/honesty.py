@@ -73,6 +73,10 @@ def check_honesty(
         ``ended_by_terminator``, the share of the model's answers. ``training_images`` holds how many ``images`` were
         scored and how many of them are ``shared`` with training, with a few names.
     """
+    # Those that look at the images themselves would say something of the wrong or blank ones.
+    metrics = [metric for metric in metrics if get_metric(metric).reads != "images"]
+    if not metrics:
+        return {"ended_by_terminator": ended_share(found.predictions)}
     place = Path(folder)
     chosen = _with_images(samples, seed)
     result: dict[str, Any] = {}

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 T = TypeVar("T")
 
 
+def place() -> tuple[int, int]:
+    """Return this process's number and how many there are, joining the others on the first call."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    # Without an accelerator it must be told, or every process takes itself for the only one.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    return int(state.process_index), int(state.num_processes)
+
+
 def is_first() -> bool:
     """Whether this process writes the files: the only one, or the first of the run."""
-    return bool(PartialState().is_main_process)
+    return place()[0] == 0
 
 
 def count() -> int:
     """Return the number of processes."""
-    return int(PartialState().num_processes)
+    return place()[1]
 
 
 def by_first(do: Callable[[], T]) -> T:
@@ -39,10 +50,9 @@ def by_first(do: Callable[[], T]) -> T:
 
 def shared_out(items: Sequence[Any], do: Callable[[Sequence[Any]], list[T]]) -> list[T]:
     """Do something to all items, each process to its part of neighbours, and return all results, in order."""
-    state = PartialState()
-    if state.num_processes == 1:
+    rank, ranks = place()
+    if ranks == 1:
         return do(items)
-    ends = [len(items) * rank // state.num_processes for rank in range(state.num_processes + 1)]
-    mine = items[ends[state.process_index] : ends[state.process_index + 1]]
+    mine = items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
     found: list[T] = gather_object(do(mine) if mine else [])
     return found

@@ -15,7 +15,7 @@ from vlmtune.config import EvaluationArguments, TrainingArguments
 from vlmtune.data.sample import Sample
 from vlmtune.errors import ConfigError, EvaluationError, nearest
 from vlmtune.evaluation.generation import AnswerGenerator
-from vlmtune.evaluation.metrics import get_metric
+from vlmtune.evaluation.metrics import Metric, get_metric
 from vlmtune.evaluation.metrics.robust import robust_scores
 from vlmtune.evaluation.runner import scored_samples
 
@@ -45,7 +45,7 @@ class AnswerScorer:
 
     Raises:
         EvaluationError: no row has references.
-        ConfigError: a metric is unknown.
+        ConfigError: a metric is unknown, or cannot be scored during training.
     """
 
     def __init__(
@@ -64,6 +64,11 @@ class AnswerScorer:
         if not samples:
             raise EvaluationError("eval_answers is set, but no evaluation sample has references to score against.")
         self.metrics = {name: get_metric(name) for name in metrics}
+        if unread := [name for name, metric in self.metrics.items() if metric.reads == "reference_loss"]:
+            raise ConfigError(
+                f"{unread[0]} is not scored during training: there it is exp of the evaluation loss. Leave it out of "
+                "metrics, or set eval_answers to 0."
+            )
         # In an order of its own: a run out of time has then answered a random part, and the same one each time.
         self.samples = random.Random(seed).sample(samples, min(count, len(samples)))
         self.processor, self.options = processor, options
@@ -108,10 +113,17 @@ class AnswerScorer:
         values: dict[str, float] = {}
         for name, metric in self.metrics.items():
             try:
-                values[name] = robust_scores(metric, answers, references, ids).value
+                values[name] = robust_scores(metric, answers, references, ids, _read(metric, answered)).value
             except ValueError as error:
                 raise EvaluationError(f"{name} cannot score the evaluation samples: {error}.") from error
         return values
+
+
+def _read(metric: Metric, answered: Sequence[Answered]) -> list[Any] | None:
+    """What the metric reads besides answers and references."""
+    if metric.reads == "images":
+        return [[image.name for image in one.sample.images] for one in answered]
+    return [getattr(one.sample, metric.reads) for one in answered] if metric.reads else None
 
 
 def choose_best_by(args: TrainingArguments, metrics: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vlmtune.errors import ConfigError, nearest
@@ -54,6 +55,36 @@ METRICS: dict[str, Metric] = {
 METRICS["bleu"] = METRICS["bleu4"]
 
 
+@dataclass(frozen=True)
+class WithArgument:
+    """A metric that is named with what it needs, as ``chair_i:objects.txt``.
+
+    Attributes:
+        argument: what stands after the colon.
+        summary: one line for people.
+        paper: where it is defined.
+        maker: module and function that make it of its name and argument; imported when it is asked for.
+    """
+
+    argument: str
+    summary: str
+    paper: str
+    maker: tuple[str, str]
+
+
+_CHAIR = ("vlmtune.evaluation.metrics.chair", "make_chair")
+WITH_ARGUMENT = {
+    "clip_score": WithArgument(
+        "CLIP",
+        "how well a caption fits its image, 0 to 2.5, by a CLIP (folder or Hub name)",
+        "arXiv:2104.08718",
+        ("vlmtune.evaluation.clip_score", "make_clip_score"),
+    ),
+    "chair_i": WithArgument("FILE", "share of the named objects that the image lacks", "arXiv:1809.02156", _CHAIR),
+    "chair_s": WithArgument("FILE", "share of captions that name such an object", "arXiv:1809.02156", _CHAIR),
+}
+
+
 def get_metric(name: str) -> Metric:
     """Return a metric by its name, or a user's own by the dotted path of a function.
 
@@ -63,15 +94,19 @@ def get_metric(name: str) -> Metric:
         ConfigError: the name is unknown, the metric's library is not installed, or the path leads to no function.
     """
     if name in METRICS:
-        libraries, extra = METRICS[name].needs or ((), "")
-        if missing := [library for library in libraries if importlib.util.find_spec(library) is None]:
-            raise ConfigError(f"The metric {name} needs {' and '.join(missing)}: pip install 'vlmtune[{extra}]'.")
-        return METRICS[name]
+        return _installed(METRICS[name])
+    base, _, argument = name.partition(":")
+    if base in WITH_ARGUMENT:
+        if not argument:
+            raise ConfigError(f"The metric {base} is named with what it needs: {base}:{WITH_ARGUMENT[base].argument}.")
+        place, maker = WITH_ARGUMENT[base].maker
+        return _installed(getattr(importlib.import_module(place), maker)(base, argument))
     module, _, function = name.rpartition(".")
     if not module:
+        known = [*METRICS, *WITH_ARGUMENT]
         raise ConfigError(
-            f"There is no metric {name!r}; there are {', '.join(METRICS)}, or your own function by its dotted path."
-            f"{nearest(name, METRICS)}"
+            f"There is no metric {name!r}; there are {', '.join(known)}, or your own function by its dotted path."
+            f"{nearest(name, known)}"
         )
     # A console script's own folder is searched, but not the one it is called in.
     here = str(Path.cwd())
@@ -89,6 +124,13 @@ def get_metric(name: str) -> Metric:
     )
 
 
+def _installed(metric: Metric) -> Metric:
+    libraries, extra = metric.needs or ((), "")
+    if missing := [library for library in libraries if importlib.util.find_spec(library) is None]:
+        raise ConfigError(f"The metric {metric.name} needs {' and '.join(missing)}: pip install 'vlmtune[{extra}]'.")
+    return metric
+
+
 def _scored(compute: Callable[..., Scores | Sequence[float]]) -> Callable[..., Scores]:
     def scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         import numpy as np
@@ -99,4 +141,4 @@ def _scored(compute: Callable[..., Scores | Sequence[float]]) -> Callable[..., S
     return scores
 
 
-__all__ = ["METRICS", "Metric", "Scores", "get_metric"]
+__all__ = ["METRICS", "WITH_ARGUMENT", "Metric", "Scores", "get_metric"]
