@@ -24,7 +24,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory, processor) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     tokenizer = processor.tokenizer
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     # As in OpenAI's checkpoints: the text's vector is that of the token of the highest number.
     ends = {"bos_token_id": 0, "eos_token_id": 2}
     config = CLIPConfig(
