@@ -2,7 +2,8 @@
 
 A scene is one to four plain shapes on a background. Captions and questions are made from what was drawn, so
 every answer is right. No picture or question of easy-VQA is used, and no question has its form: yes/no questions
-here are about where things lie, and what a thing is or which color it has is answered in a sentence.
+here are about where things lie, what a thing is or which color it has is answered in a sentence, and what is said
+to be in a picture is judged as true or false.
 
 ``python -m vlmtune.demo.scenes FOLDER --images 40000`` writes pictures and ``train.jsonl``.
 """
@@ -196,7 +197,9 @@ def caption(scene: Scene) -> str:
 
 
 def talk(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Return two questions about a scene with their answers: one on shapes, one on colors, places or numbers.
+    """Return four questions about a scene with their answers.
+
+    One is on shapes, one on colors, places or numbers, and two are claims to be judged.
 
     A question has one right answer, word for word: what is left to learn is to see.
     """
@@ -225,7 +228,27 @@ def talk(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         truth = one.y < other.y if above else one.x < other.x
         side = "above" if above else "left of"
         others.append((f"Is the {one.name} {side} the {other.name}?", "yes" if truth else "no"))
-    return [rng.choice(shapes), rng.choice(others)]
+    claims = [_claim(scene, rng)]
+    while len(claims) < 2:
+        claims += [other for other in [_claim(scene, rng)] if other not in claims]
+    return [rng.choice(shapes), rng.choice(others), *claims]
+
+
+def _claim(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Return a sentence about what a scene holds, to be judged, and the judgement; half of them are true."""
+    kind, present = rng.choice(("shape", "color", "name")), rng.random() < 0.5
+    held = sorted({getattr(thing, kind) for thing in scene.things})
+    if present:
+        value = rng.choice(held)
+    elif kind == "name":
+        # Half right: neither color nor shape alone gives the answer.
+        thing = rng.choice(scene.things)
+        near = [f"{thing.color} {shape}" for shape in SHAPES] + [f"{color} {thing.shape}" for color in COLORS]
+        value = rng.choice([name for name in near if name not in held])
+    else:
+        value = rng.choice([word for word in (SHAPES if kind == "shape" else COLORS) if word not in held])
+    noun = f"{value} thing" if kind == "color" else value
+    return f"True or false: {_a(noun)} can be seen.", "true" if present else "false"
 
 
 def rows(number: int, scene: Scene, rng: random.Random) -> Iterator[dict[str, object]]:
@@ -280,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write pictures of scenes and questions about them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=30_000)
+    parser.add_argument("--images", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     write(args.folder, args.images, args.seed)
