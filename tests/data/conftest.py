@@ -213,6 +213,12 @@ class Layouts:
         pq.write_table(pa.Table.from_pylist(rows[1:]), folder / "train-00001-of-00002.parquet")
         return self.root / "tables"
 
+    def mixture(self) -> Path:
+        path = self.root / "mixture.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"datasets:\n  - path: {self.flickr()}\n  - path: {self.messages()}\n    max_samples: 1\n")
+        return path
+
 
 @pytest.fixture
 def layouts(tmp_path: Path, image_folder: Path) -> Layouts:

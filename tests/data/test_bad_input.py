@@ -33,6 +33,8 @@ VALUES: list[Any] = [
 
 
 def annotation_file(place: Path, rng: random.Random) -> Path:
+    if place.is_file():
+        return place
     known = {".json", ".jsonl", ".csv", ".txt", ".parquet"}
     return rng.choice(sorted(file for file in place.rglob("*") if file.suffix in known))
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vlmtune.data.formats import FORMATS
-from vlmtune.data.loading import choose_format, load_samples
+from vlmtune.data.loading import load_samples
+from vlmtune.data.recognition import choose_format
 from vlmtune.data.sample import Sample
 
 
@@ -27,7 +28,7 @@ def test_each_file_of_a_layout_belongs_to_one_format_at_most(layouts: Any, name:
     place = getattr(layouts, name)()
     owners = {
         file.name: [format.name for format in FORMATS.values() if format.detect(file)]
-        for file in place.rglob("*")
+        for file in (place.rglob("*") if place.is_dir() else [place])
         if file.is_file()
     }
     assert all(found in ([], [name]) for found in owners.values()), owners

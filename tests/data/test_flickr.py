@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vlmtune.data.formats import flickr
-from vlmtune.data.loading import FlickrDatasetLoader, LoadedData, choose_format, load_samples
+from vlmtune.data.loading import FlickrDatasetLoader, LoadedData, load_samples
+from vlmtune.data.recognition import choose_format
 from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError, QuarantineError
 

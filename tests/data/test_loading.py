@@ -18,7 +18,6 @@ from vlmtune.data.loading import (
     FlickrDatasetLoader,
     GenericVLMDatasetLoader,
     LoadedData,
-    choose_format,
     fingerprint,
     load_samples,
     load_train_and_eval,
@@ -27,6 +26,7 @@ from vlmtune.data.loading import (
     subset,
 )
 from vlmtune.data.quarantine import Quarantine
+from vlmtune.data.recognition import choose_format
 from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import ConfigError, DataError, FormatError
 

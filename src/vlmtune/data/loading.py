@@ -19,11 +19,12 @@ import pyarrow as pa
 from rich.progress import track
 
 from vlmtune.data import images
-from vlmtune.data.formats import FORMATS, Format, Source, easy_vqa
+from vlmtune.data.formats import Source
 from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
 from vlmtune.data.quarantine import Quarantine
+from vlmtune.data.recognition import choose_format, resolve
 from vlmtune.data.sample import TYPE_FIELDS, Sample
-from vlmtune.errors import DataError, FormatError, nearest
+from vlmtune.errors import DataError, nearest
 
 logger = logging.getLogger("vlmtune.data")
 
@@ -221,40 +222,6 @@ def fingerprint(dataset: datasets.Dataset) -> str:
         batch["images"] = [[_image_name(image) for image in row] for row in batch["images"]]
         digest.update(repr(batch).encode())
     return digest.hexdigest()[:16]
-
-
-def resolve(path: str | Path) -> Path:
-    """Return the folder or file that ``path`` means.
-
-    Raises:
-        DataError: there is none.
-    """
-    place = Path(path).expanduser()
-    if place.exists():
-        return place
-    if str(path).replace("_", "-") == easy_vqa.PACKAGE_NAME:
-        return easy_vqa.package_folder()
-    raise DataError(f"There is no data at {path}. Correct dataset_path: a folder, a captions file or a .jsonl file.")
-
-
-def choose_format(place: Path, name: str = "auto") -> Format:
-    """Return the format named, or the one that recognises ``place``.
-
-    Raises:
-        FormatError: the name is unknown, or no format or several recognise the data.
-    """
-    if name != "auto":
-        if name not in FORMATS:
-            raise FormatError(f"dataset_format {name!r} is unknown; use {', '.join(FORMATS)}.{nearest(name, FORMATS)}")
-        return FORMATS[name]
-    found = [format for format in FORMATS.values() if format.detect(place)]
-    if len(found) == 1:
-        return found[0]
-    known = "\n".join(f"  {format.name}: {format.looks_like}" for format in FORMATS.values())
-    if found:
-        names = " and ".join(format.name for format in found)
-        raise FormatError(f"{place} looks like {names}. Choose one by dataset_format.\n{known}")
-    raise FormatError(f"{place} is in no format that vlmtune knows. It reads:\n{known}")
 
 
 def _unique(samples: Iterator[Sample], quarantine: Quarantine) -> Iterator[Sample]:

@@ -16,7 +16,7 @@ from vlmtune.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
 # Entries of a sample's meta that say what kind of question it is; the first found counts.
-TYPE_FIELDS = ("answer_type", "question_type", "type", "category", "task", "split")
+TYPE_FIELDS = ("answer_type", "question_type", "type", "category", "task", "dataset", "split")
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
 
 

@@ -23,13 +23,12 @@ from vlmtune.config.serving import PredictArguments
 from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import (
     LoadedData,
-    choose_format,
     load_samples,
     load_train_and_eval,
-    resolve,
     stratified,
     subset,
 )
+from vlmtune.data.recognition import choose_format, resolve
 from vlmtune.data.sample import ImageRef
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 from vlmtune.evaluation.compare import compare, format_comparison

@@ -12,6 +12,7 @@ from vlmtune.data.formats import (
     imagefolder,
     llava,
     messages,
+    mixture,
     scienceqa,
     tables,
     vqav2,
@@ -33,6 +34,7 @@ FORMATS: dict[str, Format] = {
         llava.FORMAT,
         messages.FORMAT,
         tables.FORMAT,
+        mixture.FORMAT,
     )
 }
 

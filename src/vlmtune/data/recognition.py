@@ -1,0 +1,42 @@
+"""From what a person names as data to the folder or file, and its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmtune.data.formats import FORMATS, Format, easy_vqa
+from vlmtune.errors import DataError, FormatError, nearest
+
+
+def resolve(path: str | Path) -> Path:
+    """Return the folder or file that ``path`` means.
+
+    Raises:
+        DataError: there is none.
+    """
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    if str(path).replace("_", "-") == easy_vqa.PACKAGE_NAME:
+        return easy_vqa.package_folder()
+    raise DataError(f"There is no data at {path}. Correct dataset_path: a folder, a captions file or a .jsonl file.")
+
+
+def choose_format(place: Path, name: str = "auto") -> Format:
+    """Return the format named, or the one that recognises ``place``.
+
+    Raises:
+        FormatError: the name is unknown, or no format or several recognise the data.
+    """
+    if name != "auto":
+        if name not in FORMATS:
+            raise FormatError(f"dataset_format {name!r} is unknown; use {', '.join(FORMATS)}.{nearest(name, FORMATS)}")
+        return FORMATS[name]
+    found = [format for format in FORMATS.values() if format.detect(place)]
+    if len(found) == 1:
+        return found[0]
+    known = "\n".join(f"  {format.name}: {format.looks_like}" for format in FORMATS.values())
+    if found:
+        names = " and ".join(format.name for format in found)
+        raise FormatError(f"{place} looks like {names}. Choose one by dataset_format.\n{known}")
+    raise FormatError(f"{place} is in no format that vlmtune knows. It reads:\n{known}")
