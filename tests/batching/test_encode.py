@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from PIL import Image
 
+from vlmtune.batching import encode
 from vlmtune.batching.encode import Encoder
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import EncodingError, NothingSupervisedError, TooLongError
@@ -168,3 +169,14 @@ def test_template_that_rewrites_history_is_refused(make_sample, processor, monke
     assert encoder(make_sample("short", [0], [("What?", "red")])).n_supervised
     with pytest.raises(EncodingError, match=r"'long'.*renders earlier turns differently"):
         encoder(make_sample("long", [0], [("What?", "red"), ("And?", "blue")]))
+
+
+def test_prompts_in_memory_are_few_and_of_the_template_of_the_day(make_sample, encoder, processor, monkeypatch) -> None:
+    monkeypatch.setattr(encode, "PROMPTS_KEPT", 3)
+    samples = [make_sample(f"{n}", [], [(f"Question {n}?", "red")]) for n in range(8)]
+    first = [encoder(sample).input_ids for sample in samples]
+    assert len(encoder._prompts) <= 3
+    assert [encoder(sample).input_ids for sample in samples] == first
+    monkeypatch.setattr(processor, "chat_template", processor.chat_template.replace("<start_of_turn>", "red "))
+    changed = [encoder(sample).input_ids for sample in samples]
+    assert all(one != other for one, other in zip(changed, first, strict=True))

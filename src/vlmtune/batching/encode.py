@@ -17,6 +17,8 @@ from vlmtune.errors import EncodingError, NothingSupervisedError, TooLongError
 from vlmtune.models.family import Family
 
 TooLong = Literal["error", "drop", "truncate_text"]
+# Rendered texts in memory at once.
+PROMPTS_KEPT = 10_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Encoder:
         self.turn_end_id: int = tokenizer.convert_tokens_to_ids(self.turn_end)
         self.image_token_ids: frozenset[int] = frozenset(processor.image_token_ids)
         self._control_tokens = _control_tokens(processor, family)
+        # Rendered prompts: one for all captions, and rendering takes half of the time of a text.
+        self._prompts: dict[tuple[Any, tuple[Message, ...]], str] = {}
 
     def __call__(self, sample: Sample, *, pixels: bool = True, hashes: bool = False) -> EncodedSample:
         """Encode a training sample.
@@ -231,14 +235,24 @@ class Encoder:
                     "control token, not as text. Remove it from the text; images belong in the row's images."
                 )
 
-    def _render(self, sample: Sample, messages: Sequence[Message], *, generate: bool = False) -> str:
+    def _render(self, sample: Sample, messages: tuple[Message, ...], *, generate: bool = False) -> str:
+        # A person may have changed the template since.
+        key = (self.processor.chat_template, messages)
+        if generate and key in self._prompts:
+            return self._prompts[key]
         conversation = [message.to_template() for message in messages]
         try:
             if self.family.render is not None:
-                return self.family.render(self.processor, conversation, generate)
-            return self._template(conversation, generate)
+                text = self.family.render(self.processor, conversation, generate)
+            else:
+                text = self._template(conversation, generate)
         except ValueError as error:
             raise EncodingError(f"Sample {sample.id!r} cannot be rendered for {self.family.name}: {error}") from error
+        if generate:
+            if len(self._prompts) >= PROMPTS_KEPT:
+                self._prompts.clear()
+            self._prompts[key] = text
+        return text
 
     def _template(self, conversation: list[dict[str, Any]], generate: bool) -> str:
         def rendered(part: list[dict[str, Any]], generate: bool = False) -> str:
