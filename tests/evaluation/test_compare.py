@@ -56,6 +56,8 @@ def test_only_samples_that_both_answered() -> None:
     assert [one.id for one, _ in found.pairs] == ["5", "6", "7", "8", "9"]
     entry = found.table["exact_match"]
     assert (entry["base"], entry["tuned"], entry["n"]) == (0.2, 1.0, 5)
+    assert "of the 5 samples that both answered, of 10 (base) and 15 (tuned)." in format_comparison(found)
+    assert "both answered" not in format_comparison(compare(base, base, ["exact_match"]))
 
 
 def test_nothing_in_common() -> None:

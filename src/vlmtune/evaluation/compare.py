@@ -22,11 +22,13 @@ class Comparison:
             difference), ``n``, ``percent``.
         pairs: (base, tuned) answers of each sample.
         scores: metric -> (base, tuned) scores of the pairs.
+        answered: how many samples each of the two answered.
     """
 
     table: dict[str, dict[str, Any]]
     pairs: list[tuple[Prediction, Prediction]]
     scores: dict[str, tuple[Scores, Scores]] = field(default_factory=dict)
+    answered: tuple[int, int] = (0, 0)
 
 
 def compare(base: Sequence[Prediction], tuned: Sequence[Prediction], metrics: Sequence[str]) -> Comparison:
@@ -61,7 +63,8 @@ def compare(base: Sequence[Prediction], tuned: Sequence[Prediction], metrics: Se
             "n": len(pairs),
             "percent": first.table[name]["percent"],
         }
-    return Comparison(table, pairs, {name: (first.scores[name], second.scores[name]) for name in metrics})
+    both = {name: (first.scores[name], second.scores[name]) for name in metrics}
+    return Comparison(table, pairs, both, (len(base), len(tuned)))
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -75,6 +78,11 @@ def format_comparison(comparison: Comparison) -> str:
         signed = [f"{value:+.{digits}f}" for value in (difference, low, high)]
         rows.append((name, f"{base:.{digits}f}", f"{tuned:.{digits}f}", "{} ({} to {})".format(*signed)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if len(comparison.pairs) < max(comparison.answered):
+        base, tuned = comparison.answered
+        lines.append(
+            f"These are of the {len(comparison.pairs):,} samples that both answered, of {base:,} (base) and {tuned:,} "
+            "(tuned)."
+        )
+    return "\n".join(lines)
