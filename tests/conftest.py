@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
+from chromium import Page, find_chromium
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
@@ -102,3 +104,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST).save(folder / f"{index}.jpg")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Page]:
+    """A headless Chromium."""
+    binary = find_chromium()
+    if binary is None:
+        pytest.skip("no Chromium here: none on the PATH, none of playwright's, CHROMIUM names none")
+    page = Page(binary)
+    yield page
+    page.close()

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chromium import Page
 
 from vlmtune.evaluation.answering import Prediction
 from vlmtune.report.data import read_records
 from vlmtune.report.page import write_report
 
-from .chromium import Page, find_chromium
 from .conftest import EVIL, make_predictions, write_evaluation
 
 pytestmark = pytest.mark.browser
 SHOWN = "[...document.querySelectorAll('.card')].filter(c => c.getClientRects().length).length"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    binary = find_chromium()
-    if binary is None:
-        pytest.skip("no Chromium here: none on the PATH, none of playwright's, CHROMIUM names none")
-    page = Page(binary)
-    yield page
-    page.close()
 
 
 @pytest.fixture
