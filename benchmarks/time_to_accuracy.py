@@ -55,7 +55,7 @@ def watcher(args: argparse.Namespace, answer_all: Any) -> Any:
                 return
             self.seconds += now() - self.since
             accuracy = answer_all()
-            seen = self.trainer.samples_seen
+            seen = self.trainer.work.samples
             self.points.append({"step": state.global_step, "samples": seen, "seconds": self.seconds, "right": accuracy})
             print(self.points[-1], file=sys.stderr, flush=True)
             if accuracy >= args.target and not args.whole:

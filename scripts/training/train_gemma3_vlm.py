@@ -43,7 +43,7 @@ from vlmtune.batching.scan import scan
 from vlmtune.data.loading import fingerprint, load_train_and_eval
 from vlmtune.errors import ConfigError
 from vlmtune.models.loading import load_config
-from vlmtune.training.run import prepare_output_dir
+from vlmtune.training.output_dir import prepare_output_dir
 
 logger = logging.getLogger("train_gemma3_vlm")
 

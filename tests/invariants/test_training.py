@@ -515,9 +515,9 @@ def test_shared_run_equals_separate_run(kind, lively_dir, processor, image_folde
         )
         trainer.train()
         runs[name] = (losses(trainer), trainer.evaluate()["eval_loss"])
-        assert trainer.samples_seen == 3 * 20
+        assert trainer.work.samples == 3 * 20
         # 4 batches, 2 an update: 6 updates are 3 epochs; a shared run sees an image once a batch.
-        assert trainer.images_seen < 60 if name == "shared" else trainer.images_seen == 60
+        assert trainer.work.images < 60 if name == "shared" else trainer.work.images == 60
     assert len(runs["shared"][0]) == 6
     assert runs["shared"][0] == pytest.approx(runs["separate"][0], rel=1e-5)
     assert runs["shared"][1] == pytest.approx(runs["separate"][1], rel=1e-5)
@@ -553,7 +553,7 @@ def test_cached_run_equals_computed_run(lively_dir, processor, image_folder, tmp
         trainer.train()
         runs[name] = (losses(trainer), weights(trainer.model))
         assert len(calls) == (0 if name == "cached" else 6)
-        assert trainer.images_seen > 0
+        assert trainer.work.images > 0
     assert runs["cached"][0] == pytest.approx(runs["computed"][0], rel=1e-5)
     for tensor_name, tensor in runs["computed"][1].items():
         torch.testing.assert_close(runs["cached"][1][tensor_name], tensor, rtol=1e-3, atol=1e-5)

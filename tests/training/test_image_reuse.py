@@ -164,8 +164,8 @@ class TestRowLimits:
         ((name, value),) = limit.items()
         assert f"4 of 4 images have more texts than {name} {value} allows in one row" in messages.text
         whole, split = made_trainers
-        assert (whole.images_seen, whole.samples_seen, split.samples_seen) == (4, 20, 20)
-        assert split.images_seen >= 8
+        assert (whole.work.images, whole.work.samples, split.work.samples) == (4, 20, 20)
+        assert split.work.images >= 8
         assert first_loss(tmp_path / "split") == pytest.approx(first_loss(tmp_path / "whole"), rel=1e-5)
 
     def test_options_arrive(self, run_arguments, made_trainers, tmp_path: Path) -> None:

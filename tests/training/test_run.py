@@ -19,7 +19,8 @@ from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.provenance import versions
 from vlmtune.models.sizing import count_parameters
 from vlmtune.training.image_reuse import shares_images
-from vlmtune.training.run import prepare_output_dir, run_training
+from vlmtune.training.output_dir import prepare_output_dir
+from vlmtune.training.run import run_training
 from vlmtune.training.trainer import MemoryEfficientTrainer
 
 
@@ -289,8 +290,8 @@ def test_a_stopped_run_is_recorded(
 def test_share_images(choice, run_arguments, made_trainers, tmp_path: Path) -> None:
     run_training(*run_arguments(tmp_path / "run", share_images=choice, max_steps=1, per_device_train_batch_size=20))
     trainer = made_trainers[0]
-    assert trainer.samples_seen == 20
-    assert trainer.images_seen == (20 if choice == "off" else 4)
+    assert trainer.work.samples == 20
+    assert trainer.work.images == (20 if choice == "off" else 4)
     assert isinstance(trainer.data_collator, SharedImageCollator) == (choice != "off")
 
 

@@ -18,8 +18,10 @@ from vlmtune.batching.collator import BaseVLMDataCollator, SharedImageCollator, 
 from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.config import TrainingArguments
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
+from vlmtune.training import throughput as throughput_module
 from vlmtune.training import trainer as trainer_module
-from vlmtune.training.trainer import create_trainer, latest_checkpoint
+from vlmtune.training.output_dir import latest_checkpoint
+from vlmtune.training.trainer import create_trainer
 
 
 class Before(TrainerCallback):
@@ -323,7 +325,8 @@ class Clock:
 
 def test_speed_counts_samples_and_waiting(make_trainer, processor, rows, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(trainer_module, "time", clock)
+    for module in (trainer_module, throughput_module):
+        monkeypatch.setattr(module, "time", clock)
 
     class Slow(SharedImageCollator):
         def __call__(self, rows):
@@ -358,8 +361,8 @@ def test_speed_counts_samples_and_waiting(make_trainer, processor, rows, monkeyp
     seconds = [5, 3, 5, 3]
     logged = sum(e["supervised_tokens_per_second"] * s for e, s in zip(logs, seconds, strict=True))
     assert logged == pytest.approx(2 * supervised, abs=1)
-    assert trainer.supervised_tokens_seen == 2 * supervised
-    assert (trainer.samples_seen, trainer.images_seen) == (20, 4)
+    assert trainer.work.supervised_tokens == 2 * supervised
+    assert (trainer.work.samples, trainer.work.images) == (20, 4)
 
     # Time between two runs of one trainer is no time of the second.
     clock.now += 1000
@@ -381,7 +384,7 @@ def test_every_epoch_has_an_order_of_its_own(make_trainer, processor, rows) -> N
 def test_separate_rows_count_the_same(make_trainer, processor, rows) -> None:
     trainer = make_trainer(data_collator=BaseVLMDataCollator(processor, "gemma3"), max_steps=5)
     trainer.train()
-    assert (trainer.samples_seen, trainer.images_seen) == (10, 10)
+    assert (trainer.work.samples, trainer.work.images) == (10, 10)
 
 
 # -- making a trainer -------------------------------------------------------------------------------------
@@ -422,7 +425,7 @@ def test_any_collator_with_labels_works(make_trainer, processor, rows) -> None:
     inner = create_data_collator(processor, "gemma3")
     trainer = make_trainer(data_collator=lambda batch: inner(batch), max_steps=5)
     trainer.train()
-    assert trainer.samples_seen == 10
+    assert trainer.work.samples == 10
     broken = make_trainer(data_collator=lambda batch: inner(batch), callbacks=[Before(1, plant_in_weights)])
     with pytest.raises(NonFiniteError, match=r"in step 1\. The weights"):
         broken.train()

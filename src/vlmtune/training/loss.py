@@ -204,3 +204,12 @@ def _nothing(outputs: Any) -> Tensor:
         return outputs.sum() * 0
     parts = outputs.values() if isinstance(outputs, Mapping) else outputs
     return torch.stack([_nothing(part) for part in parts]).sum()
+
+
+def count_targets(batch: Mapping[str, Any]) -> int:
+    """Number of supervised tokens of a batch that can be predicted."""
+    if "target_weights" in batch:
+        return int(batch["target_weights"].sum())
+    if "target_ids" in batch:
+        return len(batch["target_ids"])
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

@@ -19,7 +19,7 @@ from vlmtune.batching.sharing import describe_saving
 from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
 from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import LoadedData, fingerprint, load_train_and_eval
-from vlmtune.errors import ConfigError, OutputError, ResumeError
+from vlmtune.errors import ConfigError
 from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
@@ -35,9 +35,10 @@ from vlmtune.training.image_reuse import (
     shares_images,
     with_image_keys,
 )
+from vlmtune.training.output_dir import prepare_output_dir
 from vlmtune.training.ranks import fill_between_ranks
-from vlmtune.training.run_info import RUN_FILE, save_training_info
-from vlmtune.training.trainer import TRAINER_STATE, MemoryEfficientTrainer, create_trainer, latest_checkpoint
+from vlmtune.training.run_info import save_training_info
+from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
 
 logger = logging.getLogger("vlmtune.training")
 
@@ -267,57 +268,6 @@ def _train_and_save(
         save_training_info(output_dir, metrics=metrics | {"training_seconds": round(seconds, 2)}, status="finished")
         logger.info("saved to %s after %d steps in %.0f s", output_dir, trainer.state.global_step, seconds)
     return RunResult(output_dir, metrics, trainer.state.global_step, seconds, left_out)
-
-
-def prepare_output_dir(output_dir: Path, *, resume: str | bool | None = None) -> Path | None:
-    """Make the output directory, refuse one that holds another run, and find the checkpoint to resume from.
-
-    Args:
-        output_dir: may be absent, empty, or this run's own when resuming.
-        resume: a checkpoint folder, or true for the latest in ``output_dir``.
-
-    Returns:
-        The checkpoint to resume from, or ``None`` for a new run.
-
-    Raises:
-        OutputError: the directory is not empty and ``resume`` was not asked for, or it cannot be written.
-        ResumeError: there is no checkpoint to resume from.
-    """
-    if resume in (None, False, "", "false", "False", "no"):
-        _make_empty(output_dir)
-        return None
-    if str(resume).lower() in ("true", "yes", "auto"):
-        found = latest_checkpoint(output_dir)
-        if found is None:
-            raise ResumeError(
-                f"There is no finished checkpoint in {output_dir} to resume from. Start anew without "
-                "--resume_from_checkpoint in another output_dir, or name a checkpoint folder."
-            )
-        return found
-    folder = Path(str(resume))
-    if not (folder / TRAINER_STATE).exists():
-        raise ResumeError(
-            f"{folder} is not a finished checkpoint of a run: it has no {TRAINER_STATE}. "
-            "Name a checkpoint-N folder, or use --resume_from_checkpoint true for the latest."
-        )
-    if folder.resolve().parent != output_dir.resolve():
-        _make_empty(output_dir)
-    return folder
-
-
-def _make_empty(output_dir: Path) -> None:
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        what = "another run" if (output_dir / RUN_FILE).exists() else "other files"
-        raise OutputError(
-            f"The output directory {output_dir} already holds {what}, and nothing in it will be overwritten. "
-            "Choose another output_dir, or go on with that run by --resume_from_checkpoint true."
-        )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"The output directory {output_dir} cannot be made ({error.strerror}). Choose another output_dir."
-        ) from error
 
 
 def _usable(

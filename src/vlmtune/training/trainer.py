@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from vlmtune.batching.collator import IGNORE_INDEX, BaseVLMDataCollator
+from vlmtune.batching.collator import BaseVLMDataCollator
 from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
 from vlmtune.models.checkpoint import is_adapter_dir, load_adapter, load_full_weights, save_model_and_processor
@@ -27,12 +27,12 @@ from vlmtune.training.answer_pictures import show_answers
 from vlmtune.training.answer_scores import AnswerScorer
 from vlmtune.training.callbacks import LoggingCallback
 from vlmtune.training.loaders import batch_loader
-from vlmtune.training.loss import install_supervised_loss, targets_from_labels
+from vlmtune.training.loss import count_targets, install_supervised_loss, targets_from_labels
+from vlmtune.training.output_dir import latest_checkpoint, require_whole
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
+from vlmtune.training.throughput import Work
 
 IdsByBatch = list[list[str]]
-# The base class writes it last.
-TRAINER_STATE = "trainer_state.json"
 
 
 class MemoryEfficientTrainer(Trainer):
@@ -81,11 +81,7 @@ class MemoryEfficientTrainer(Trainer):
         self._tower_in_step = sharded or any(p.requires_grad for part in tower for p in part.parameters())
         self._step_ids: IdsByBatch = []
         self._eval_sums = self._no_sums()
-        self.data_wait_seconds = 0.0
-        self.samples_seen = 0
-        self.supervised_tokens_seen = 0
-        self.images_seen = 0
-        self._last_counters = (self._counters(), time.perf_counter())
+        self.work = Work()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of the training batches, those of ``train_sampler`` where there is one."""
@@ -112,18 +108,14 @@ class MemoryEfficientTrainer(Trainer):
         """Collect the step's batches and count their supervised tokens, noting how long the data took."""
         started = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.data_wait_seconds += time.perf_counter() - started
+        self.work.add(batches, time.perf_counter() - started)
         self._step_ids = [batch.get("sample_ids", []) for batch in batches]
-        self.samples_seen += sum(len(batch.get("sample_ids", batch["input_ids"])) for batch in batches)
-        pictures = [batch[key] for batch in batches for key in ("pixel_values", "image_features") if key in batch]
-        self.images_seen += sum(len(tensors) for tensors in pictures)
-        self.supervised_tokens_seen += sum(_count_targets(batch) for batch in batches)
         return batches, count
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        count = torch.tensor(sum(_count_targets(batch) for batch in batch_samples), device=device)
+        count = torch.tensor(sum(count_targets(batch) for batch in batch_samples), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
@@ -207,7 +199,7 @@ class MemoryEfficientTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        sums = torch.stack([outputs["total"].double(), outputs["total"].new_tensor(_count_targets(inputs)).double()])
+        sums = torch.stack([outputs["total"].double(), outputs["total"].new_tensor(count_targets(inputs)).double()])
         self._eval_sums = self._eval_sums + sums
         return loss.detach(), None, None
 
@@ -279,24 +271,8 @@ class MemoryEfficientTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput and the share of time spent waiting for data to training logs."""
         if "loss" in logs and "learning_rate" in logs:
-            logs |= self._throughput()
+            logs |= self.work.rates()
         super().log(logs, start_time)
-
-    def _counters(self) -> tuple[int, int, int, float]:
-        return self.samples_seen, self.images_seen, self.supervised_tokens_seen, self.data_wait_seconds
-
-    def _throughput(self) -> dict[str, float]:
-        now, counters = time.perf_counter(), self._counters()
-        before, since = self._last_counters
-        self._last_counters = (counters, now)
-        seconds = max(now - since, 1e-9)
-        samples, images, tokens, wait = (new - old for new, old in zip(counters, before, strict=True))
-        return {
-            "samples_per_second": round(samples / seconds, 3),
-            "images_per_second": round(images / seconds, 3),
-            "supervised_tokens_per_second": round(tokens / seconds, 1),
-            "data_wait_share": round(wait / seconds, 4),
-        }
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the base class does.
@@ -310,41 +286,11 @@ class MemoryEfficientTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ResumeError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
         if resume_from_checkpoint:
-            self._require_whole(Path(resume_from_checkpoint))
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            require_whole(Path(resume_from_checkpoint), sharded=sharded)
             resume_from_checkpoint = str(resume_from_checkpoint)
-        self._last_counters = (self._counters(), time.perf_counter())
+        self.work.restart_clock()
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _require_whole(self, folder: Path) -> None:
-        """Refuse a folder that the base class would silently resume without its step, optimizer or schedule."""
-        needed = [TRAINER_STATE]
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            needed += ["optimizer.pt", "scheduler.pt"]
-        absent = [name for name in needed if not (folder / name).exists()]
-        if absent:
-            raise ResumeError(
-                f"{folder} is no whole checkpoint of a run: it has no {', '.join(absent)}. Name a checkpoint-N folder "
-                "that was written to its end, and without save_only_model."
-            )
-
-
-def _count_targets(batch: Mapping[str, Any]) -> int:
-    """Number of supervised tokens of a batch that can be predicted."""
-    if "target_weights" in batch:
-        return int(batch["target_weights"].sum())
-    if "target_ids" in batch:
-        return len(batch["target_ids"])
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-
-
-def latest_checkpoint(output_dir: str | Path | None) -> Path | None:
-    """Return the last checkpoint in ``output_dir`` that was written to its end, or ``None``."""
-    finished = [
-        folder
-        for folder in Path(output_dir or ".").glob("checkpoint-*")
-        if folder.name.rpartition("-")[2].isdigit() and (folder / TRAINER_STATE).exists()
-    ]
-    return max(finished, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def create_trainer(
