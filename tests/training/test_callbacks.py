@@ -59,9 +59,9 @@ def log_lines(caplog: pytest.LogCaptureFixture):
 def test_training_line(log_lines) -> None:
     figures = {"loss": 1.23456, "learning_rate": 2e-4, "grad_norm": 0.5}
     assert log_lines(figures) == ["step 3/10: loss 1.2346, lr 2.00e-04, grad 0.500"]
-    speed = {"samples_per_second": 12.34, "data_wait_share": 0.256}
+    speed = {"samples_per_second": 12.34, "data_wait_share": 0.256, "peak_memory_gib": 1.514}
     assert log_lines(figures | speed) == [
-        "step 3/10: loss 1.2346, lr 2.00e-04, grad 0.500, 12.3 samples/s, data wait 26%"
+        "step 3/10: loss 1.2346, lr 2.00e-04, grad 0.500, 12.3 samples/s, data wait 26%, peak memory 1.51 GiB"
     ]
 
 

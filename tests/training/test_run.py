@@ -110,6 +110,7 @@ def test_log(finished_run) -> None:
     first = entries[0]
     assert {"loss", "grad_norm", "learning_rate", "samples_per_second", "data_wait_share"} <= first.keys()
     assert 0 <= first["data_wait_share"] <= 1
+    assert 0.1 < first["peak_memory_gib"] < 100
     text = "\n".join(finished_run.messages)
     assert "trainable parameters" in text
     assert "4 images, 20 texts, 20 of them share an image" in text

@@ -41,7 +41,7 @@ CURVES: tuple[tuple[str, dict[str, str], Scale], ...] = (
     ("Samples and images per second", {"samples_per_second": "samples", "images_per_second": "images"}, "from zero"),
     ("Supervised tokens per second", {"supervised_tokens_per_second": "tokens"}, "from zero"),
     ("Share of time waiting for data", {"data_wait_share": "data wait"}, "share"),
-    ("Peak memory, GiB", {"peak_memory_gib": "memory", "memory_gib": "memory"}, "from zero"),
+    ("Peak memory so far, GiB", {"peak_memory_gib": "memory"}, "from zero"),
 )
 _RUNTIME = ("runtime", "per_second", "loss", "epoch", "seconds")
 

@@ -67,6 +67,8 @@ class LoggingCallback(ProgressCallback):
             if "samples_per_second" in logs:
                 parts.append(f"{logs['samples_per_second']:.1f} samples/s")
                 parts.append(f"data wait {logs['data_wait_share']:.0%}")
+            if "peak_memory_gib" in logs:
+                parts.append(f"peak memory {logs['peak_memory_gib']:.2f} GiB")
             logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(parts))
         elif "eval_loss" in logs:
             parts = [f"evaluation loss {logs['eval_loss']:.4f}"]

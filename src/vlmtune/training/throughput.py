@@ -1,11 +1,14 @@
-"""How much a training has computed, and how fast."""
+"""How much a training has computed, how fast, and with how much memory."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
+
+import torch
 
 from vlmtune.training.loss import count_targets
 
@@ -42,13 +45,31 @@ class Work:
             self.supervised_tokens += count_targets(batch)
 
     def rates(self) -> dict[str, float]:
-        """Return what was done a second, and the share of time spent waiting, since the last call."""
+        """Return what was done a second and the share of time spent waiting, since the last call, and the peak memory.
+
+        The names are those of ``log.jsonl``.
+        """
         seconds = max(time.perf_counter() - self._since, 1e-9)
         samples, images, tokens, wait = (new - old for new, old in zip(astuple(self), self._then, strict=True))
         self.restart_clock()
-        return {
+        found = {
             "samples_per_second": round(samples / seconds, 3),
             "images_per_second": round(images / seconds, 3),
             "supervised_tokens_per_second": round(tokens / seconds, 1),
             "data_wait_share": round(wait / seconds, 4),
         }
+        if memory := peak_memory():
+            found["peak_memory_gib"] = round(memory / 2**30, 3)
+        return found
+
+
+def peak_memory() -> int:
+    """Return the most bytes held so far: of tensors on this rank's GPU, else of the process; 0 where unknown."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # Linux counts KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
