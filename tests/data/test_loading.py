@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_all_texts_of_an_image_stay_on_one_side(captions: Path, seed: int) -> No
     assert len(held_out.dataset) == 5 * len(images_of(held_out))
 
 
-def test_the_split_depends_on_names_and_seed_alone(captions: Path) -> None:
+def test_the_split_depends_on_contents_and_seed_alone(captions: Path) -> None:
     data = load_samples(captions)
     _, held_out = split_by_image(data, 0.4, 0)
     assert images_of(split_by_image(shuffled(data), 0.4, 0)[1]) == images_of(held_out)
@@ -143,6 +144,47 @@ def test_the_split_depends_on_names_and_seed_alone(captions: Path) -> None:
     fewer = LoadedData(data.dataset.select(range(30)), Quarantine(), data.format, data.source)
     assert images_of(split_by_image(fewer, 0.4, 0)[1]) == images_of(held_out) & images_of(fewer)
     assert images_of(split_by_image(data, 0.6, 0)[1]) >= images_of(held_out)
+
+
+def test_names_do_not_change_the_split(captions: Path, tmp_path: Path) -> None:
+    images = captions / "Images"
+    held_out = images_of(split_by_image(load_samples(captions), 0.4, 0)[1])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in images.iterdir():
+        shutil.copy(file, moved / f"{file.stem}.renamed.jpg")
+    text = (captions / "captions.txt").read_text().replace(".jpg,", ".renamed.jpg,")
+    (captions / "captions.txt").write_text(text)
+    again = images_of(split_by_image(load_samples(captions, image_dir=moved), 0.4, 0)[1])
+    assert again == {name.replace(".jpg", ".renamed.jpg") for name in held_out}
+
+
+def test_one_image_under_two_names_is_on_one_side(captions: Path) -> None:
+    images = captions / "Images"
+    for file in list(images.iterdir()):
+        shutil.copy(file, images / f"copy-{file.name}")
+    with (captions / "captions.txt").open("a") as opened:
+        opened.writelines(f"copy-{i}.jpg,Another caption of {i}\n" for i in range(12))
+    for side in split_by_image(load_samples(captions), 0.5, 1):
+        names = images_of(side)
+        assert {name.removeprefix("copy-") for name in names} == {name for name in names if "copy" not in name}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_that_share_one_of_several_images_stay_together(messages_file: Make, seed: int) -> None:
+    pairs = [(0, 1), (1, 2), (3, 4), (5, 4), (6, 7), (8, 8), (9, 10), (2, 11)]
+    rows = [
+        {"messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "No."}]}
+        | {"images": [f"{one}.jpg", f"{other}.jpg"]}
+        for one, other in pairs
+    ]
+    data = load_samples(messages_file(rows))
+    sides = split_by_image(data, 0.5, seed)
+    shown = [{Path(image["path"]).stem for row in side.dataset["images"] for image in row} for side in sides]
+    assert not shown[0] & shown[1]
+    # Which image stands for a group does not depend on the order.
+    again = split_by_image(shuffled(data), 0.5, seed)
+    assert [set(side.dataset["id"]) for side in again] == [set(side.dataset["id"]) for side in sides]
 
 
 def test_texts_about_no_image_are_split_each_by_itself(messages_file: Make) -> None:

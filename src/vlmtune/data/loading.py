@@ -23,7 +23,8 @@ from vlmtune.data.formats import Source
 from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.recognition import choose_format, resolve
-from vlmtune.data.sample import TYPE_FIELDS, Sample
+from vlmtune.data.sample import TYPE_FIELDS, ImageRef, Sample
+from vlmtune.data.splitting import held_out
 from vlmtune.errors import DataError, nearest
 
 logger = logging.getLogger("vlmtune.data")
@@ -193,26 +194,40 @@ def stratified(data: LoadedData, count: int | None, seed: int) -> LoadedData:
 
 
 def split_by_image(data: LoadedData, fraction: float, seed: int) -> tuple[LoadedData, LoadedData]:
-    """Hold out a share of the images, each with all its texts.
+    """Hold out a share of the images, each with all its texts, as :func:`vlmtune.data.splitting.held_out` chooses.
 
-    The choice depends on each image's name and the seed alone, so that it is the same on every machine and
-    stays when other images are added.
+    Raises:
+        DataError: no image is left for one side.
     """
-    held_out, kept = list[int](), list[int]()
-    for index, row_images in enumerate(data.dataset["images"]):
-        # Samples of several images go by the first: they share it with the others of their group.
-        name = _image_name(row_images[0]) if row_images else str(data.dataset[index]["id"])
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        (held_out if share < fraction else kept).append(index)
-    if not held_out or not kept:
-        side = "evaluation" if not held_out else "training"
+    names = _contents(data.dataset)
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, is_held_out in enumerate(held_out(names, fraction, seed)):
+        sides[is_held_out].append(index)
+    if not all(sides):
+        side = "evaluation" if sides[0] else "training"
         raise DataError(
             f"validation_fraction {fraction:g} leaves no image of {data.source} for {side}. Choose another share, or "
             "name an evaluation split."
         )
-    rest = LoadedData(data.dataset.select(kept), data.quarantine, data.format, data.source)
-    return rest, LoadedData(data.dataset.select(held_out), Quarantine(), data.format, f"{data.source}, held out")
+    kept, other = (data.dataset.select(side) for side in sides)
+    rest = LoadedData(kept, data.quarantine, data.format, data.source)
+    return rest, LoadedData(other, Quarantine(), data.format, f"{data.source}, held out")
+
+
+def _contents(dataset: datasets.Dataset) -> list[list[str]]:
+    """Return a name by its content of each row's images, or of its text where it has none."""
+    names: list[list[str]] = []
+    of_file: dict[ImageRef, str] = {}
+    with ThreadPoolExecutor(8) as pool:
+        for batch in dataset.select_columns(["images", "messages"]).with_format(None).iter(1000):
+            rows = [[ImageRef(**image) for image in row] for row in batch["images"]]
+            new = list(dict.fromkeys(ref for row in rows for ref in row if ref not in of_file))
+            found = of_file | dict(zip(new, pool.map(images.content_hash, new), strict=True))
+            # Images given as bytes are not kept.
+            of_file |= {ref: found[ref] for ref in new if ref.bytes is None}
+            texts = (hashlib.sha256(repr(messages).encode()).hexdigest() for messages in batch["messages"])
+            names += [[found[ref] for ref in row] or [text] for row, text in zip(rows, texts, strict=True)]
+    return names
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
