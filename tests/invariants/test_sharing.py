@@ -141,6 +141,15 @@ def loss_and_gradients(model, family, batches, *, checkpointing: bool = False):
     return total, count, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@torch.no_grad()
+def loss_alone(model, family, batch) -> float:
+    """Loss of one batch of shared rows."""
+    inputs = {name: value for name, value in batch.items() if name != "sample_ids"}
+    inputs |= shared_row_inputs(family, model, inputs)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    return model(**inputs)["loss"].item()
+
+
 def assert_equal(first, second, tolerance: float = TOLERANCE, floor: float = 1e-6) -> None:
     assert first[1] == second[1], "numbers of supervised tokens differ"
     assert first[0] == pytest.approx(second[0], rel=tolerance)
@@ -244,6 +253,32 @@ def test_eager_attention_equals_sdpa(float64_model, processor, image_folder, fam
         float64_model.set_attn_implementation("sdpa")
     # Eager attention takes its softmax in float32.
     assert_equal(sdpa, eager, tolerance=1e-4, floor=1e-2)
+
+
+def test_flex_attention_equals_sdpa(float64_model, processor, image_folder, family, monkeypatch) -> None:
+    """The loss alone: PyTorch's FlexAttention has no backward pass on a CPU."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from transformers.integrations import flex_attention as integration
+
+    given = []
+
+    def uncompiled(query, key, value, *, training, **options):
+        given.append(options["block_mask"])
+        return flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", uncompiled)
+    batch = SharedImageCollator(processor, family)(make_rows(image_folder, CASES["mixed"]))
+    sdpa = loss_alone(float64_model, family, batch)
+    language = float64_model.get_submodule(family.parts["language"])
+    if not language._supports_flex_attn:
+        pytest.skip("transformers has no FlexAttention for this family, and refuses to load it so")
+    language.set_attn_implementation("flex_attention")
+    try:
+        flex = loss_alone(float64_model, family, batch)
+    finally:
+        language.set_attn_implementation("sdpa")
+    assert given and all(isinstance(mask, BlockMask) for mask in given)
+    assert flex == pytest.approx(sdpa, rel=TOLERANCE)
 
 
 def test_cached_features_equal_recomputed(float64_model, processor, image_folder, family, tmp_path) -> None:

@@ -160,6 +160,11 @@ class TestWeights:
         with pytest.raises(ModelError, match="cannot be loaded"):
             load_model_for_training(model_copy)
 
+    @pytest.mark.parametrize("attention", ["flash_attention_2", "nonsense"])
+    def test_attention_code_that_is_not_there(self, attention, model_copy) -> None:
+        with pytest.raises(ConfigError, match=rf"attn_implementation {attention} cannot be used"):
+            load_model_for_training(model_copy, attn_implementation=attention)
+
     def test_cut_off_file(self, model_copy) -> None:
         content = (model_copy / WEIGHTS).read_bytes()
         (model_copy / WEIGHTS).write_bytes(content[: len(content) // 2])

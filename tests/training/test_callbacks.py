@@ -13,7 +13,7 @@ from transformers import AutoProcessor, Trainer
 from vlmtune.batching.collator import create_data_collator
 from vlmtune.config import TrainingArguments
 from vlmtune.models.loading import load_model_for_inference
-from vlmtune.training.callbacks import LoggingCallback, SavePeftModelCallback
+from vlmtune.training.callbacks import LoggingCallback, SavePeftModelCallback, TowerAside
 
 
 def test_plain_trainer_saves_adapter_and_processor(fresh_model, processor, rows, tmp_path: Path) -> None:
@@ -87,3 +87,17 @@ def test_progress_bars(disable: bool, make_trainer, rows, capfd: pytest.CaptureF
     # With its bracket: log lines, which another test may have sent to the terminal, say "step 2/2" as well.
     assert ("2/2 [" in captured.err) is not disable
     assert "{'loss'" not in captured.out + captured.err
+
+
+def test_the_tower_leaves_the_accelerator_and_comes_back() -> None:
+    """The meta device stands for an accelerator."""
+    tower = torch.nn.Linear(2, 2)
+    aside = TowerAside([tower])
+    on_cpu, elsewhere = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "meta"))
+    aside.on_train_begin(on_cpu, None, None)
+    moved: list[str] = []
+    tower.to = lambda device: moved.append(str(device))
+    aside.on_train_begin(elsewhere, None, None)
+    assert moved == ["cpu"]
+    aside.on_train_end(elsewhere, None, None)
+    assert moved == ["cpu", "meta"]

@@ -18,6 +18,7 @@ from vlmtune.models.families import FAMILIES
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.provenance import versions
 from vlmtune.models.sizing import count_parameters
+from vlmtune.training.callbacks import TowerAside
 from vlmtune.training.image_reuse import shares_images
 from vlmtune.training.output_dir import prepare_output_dir
 from vlmtune.training.run import run_training
@@ -307,6 +308,17 @@ def test_sharing_where_the_family_allows(family) -> None:
             shares_images(family, "on")
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "paged|sdpa"])
+def test_attention_code_without_masks_shares_nothing(attention, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="vlmtune.training")
+    assert all(shares_images(FAMILIES["gemma3"], "on", exact) for exact in ("sdpa", "eager", "flex_attention", None))
+    assert not caplog.messages
+    assert not shares_images(FAMILIES["gemma3"], "auto", attention)
+    assert f"attn_implementation {attention} takes no mask" in caplog.text
+    with pytest.raises(ConfigError, match=r"share_images is on, but attn_implementation"):
+        shares_images(FAMILIES["gemma3"], "on", attention)
+
+
 @pytest.mark.parametrize("choice", ["auto", "on", "off"])
 def test_cache_image_features(choice, run_arguments, made_trainers, tmp_path: Path) -> None:
     shown: list[tuple[int, int]] = []
@@ -316,6 +328,8 @@ def test_cache_image_features(choice, run_arguments, made_trainers, tmp_path: Pa
     run_training(*arguments, progress=lambda done, total: shown.append((done, total)))
     cache = made_trainers[0].data_collator.cache
     assert (cache is None) == (choice == "off")
+    callbacks = made_trainers[0].callback_handler.callbacks
+    assert any(isinstance(one, TowerAside) for one in callbacks) == (cache is not None)
     assert shown == ([] if choice == "off" else [(4, 4)])
     assert len(list((tmp_path / "features").glob("*/*.safetensors"))) == (0 if choice == "off" else 1)
     if cache is not None:

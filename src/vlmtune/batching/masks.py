@@ -5,10 +5,16 @@ Shape legend: B rows, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vlmtune.batching.sharing import NO_BLOCK, PADDING
+
+# Attention code of transformers that takes prepared masks. Flash attention knows none of this kind.
+EXACT_ATTENTION = ("sdpa", "eager", "flex_attention")
 
 
 def tree_masks(
@@ -49,6 +55,35 @@ def tree_masks(
     return masks
 
 
+def prepared(masks: Mapping[str, Tensor], implementation: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return masks in the form that an attention implementation takes.
+
+    ``sdpa`` takes booleans. ``eager`` adds numbers: 0 where the mask is true, the lowest number of ``dtype``
+    elsewhere. ``flex_attention`` takes a ``BlockMask``, by which it leaves out blocks where nothing is seen.
+
+    Args:
+        masks: from :func:`tree_masks`.
+        implementation: one of :data:`EXACT_ATTENTION`.
+        dtype: number format the model computes in.
+    """
+    if implementation == "eager":
+        return {kind: additive(mask, dtype) for kind, mask in masks.items()}
+    if implementation == "flex_attention":
+        return {kind: _block_mask(mask) for kind, mask in masks.items()}
+    return dict(masks)
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 where ``mask`` is true and the lowest number of ``dtype`` elsewhere, as eager attention adds it."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _block_mask(mask_B1LL: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, _, length, _ = mask_B1LL.shape
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_B1LL[row, 0, query, key]
+
+    return create_block_mask(seen, rows, None, length, length, device=str(mask_B1LL.device))

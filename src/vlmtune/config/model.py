@@ -33,7 +33,9 @@ class BaseModelArguments(Checked):
         "elsewhere. Gemma-3 cannot be trained in float16: its activations are too large for it.",
     )
     attn_implementation: str | None = option(
-        None, help="Attention code: sdpa, eager or flash_attention_2; by default what the model's family is exact with."
+        None,
+        help="Attention code: sdpa, eager, flex_attention or flash_attention_2; by default what the model's family is "
+        "exact with. With flash attention no image is shared between texts.",
     )
     trust_remote_code: bool = option(
         False, help="Run Python code that comes with the model. Leave it off unless you have read that code."

@@ -195,7 +195,13 @@ def _load(name: str | Path, family: Family, **options: Any) -> nn.Module:
     model_class = getattr(transformers, family.model_class)
     try:
         model, info = model_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        attention = options.get("attn_implementation")
+        if attention and attention != family.attn_implementation and "attention" in str(error).lower():
+            raise ConfigError(
+                f"attn_implementation {attention} cannot be used with {name}: {_line(error)}. Leave the option out, or "
+                "install what it needs."
+            ) from error
         raise ModelError(
             f"The weights of {name} cannot be loaded: {_line(error)}. They must be whole, in safetensors files, and "
             f"of the class {family.model_class}."

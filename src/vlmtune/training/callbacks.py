@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
 from vlmtune.models.checkpoint import save_model_and_processor
@@ -31,6 +34,32 @@ class SavePeftModelCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_model_and_processor(kwargs["model"], self.processor, folder)
+
+
+class TowerAside(TrainerCallback):
+    """Keeps parts that no step calls, because every image's features are cached, out of the accelerator's memory.
+
+    Args:
+        parts: the vision tower and the projector.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.parts = parts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move them to the host's memory."""
+        if args.device.type != "cpu":
+            self._move("cpu")
+            torch.cuda.empty_cache()
+            logger.info("the vision tower waits in the host's memory: every image's features are cached")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move them back."""
+        self._move(args.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for part in self.parts:
+            part.to(device)
 
 
 class LoggingCallback(ProgressCallback):

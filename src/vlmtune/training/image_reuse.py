@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlmtune.batching.encode import Encoder
+from vlmtune.batching.masks import EXACT_ATTENTION
 from vlmtune.batching.sharing import runs
 from vlmtune.config import ModelWithLoRAArguments, VLMDataArguments
 from vlmtune.data.images import content_hash
@@ -54,18 +55,25 @@ def with_image_keys(dataset: datasets.Dataset) -> datasets.Dataset:
     return dataset.add_column("image_key", keys)
 
 
-def shares_images(family: Family, choice: str) -> bool:
-    """Whether the run shares images, by the option ``share_images`` and what the family allows.
+def shares_images(family: Family, choice: str, attn_implementation: str | None = None) -> bool:
+    """Whether the run shares images, by the option ``share_images``, the family and the attention code.
 
     Raises:
-        ConfigError: it was asked for, and the family cannot.
+        ConfigError: it was asked for, and is not exact.
     """
-    if choice == "on" and not family.sharing:
-        raise ConfigError(
-            f"share_images is on, but {family.name} cannot share an image between texts exactly: "
-            f"{family.sharing_reason}. Set share_images to auto or off."
+    reason = None
+    if not family.sharing:
+        reason = f"{family.name} cannot share an image between texts exactly: {family.sharing_reason}"
+    elif attn_implementation and attn_implementation not in EXACT_ATTENTION:
+        reason = (
+            f"attn_implementation {attn_implementation} takes no mask that keeps an image's texts apart; "
+            f"{', '.join(EXACT_ATTENTION)} do"
         )
-    return choice != "off" and family.sharing
+    if choice == "on" and reason:
+        raise ConfigError(f"share_images is on, but {reason}. Set share_images to auto or off.")
+    if choice == "auto" and reason:
+        logger.info("every text is computed with its image by itself: %s", reason)
+    return choice != "off" and not reason
 
 
 def check_row_limits(

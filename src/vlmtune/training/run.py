@@ -24,10 +24,12 @@ from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
+from vlmtune.models.provenance import base_model
 from vlmtune.models.quantization import get_torch_dtype, quantization_of
 from vlmtune.models.serving import SERVERS, training_limits
 from vlmtune.models.sizing import count_parameters, format_parameter_table
 from vlmtune.training.answer_scores import AnswerScorer, choose_best_by
+from vlmtune.training.callbacks import TowerAside
 from vlmtune.training.environment import setup_training_environment
 from vlmtune.training.image_reuse import (
     Progress,
@@ -102,7 +104,7 @@ def run_training(
         require_dtype(family, torch.float16)
     processor = load_processor(model_args.model_name_or_path, **origin)
     train_data, eval_data = load_train_and_eval(data_args)
-    share = shares_images(family, data_args.share_images)
+    share = shares_images(family, data_args.share_images, model_args.attn_implementation)
     limits = {"max_texts_per_row": data_args.max_texts_per_row, "max_tokens_per_row": data_args.max_tokens_per_row}
     collator_class: Any = SharedImageCollator if share else BaseVLMDataCollator
     collator: BaseVLMDataCollator = collator_class(
@@ -243,6 +245,11 @@ def _feature_cache(
         for sampler in (trainer.train_sampler, trainer.eval_sampler):
             if sampler is not None:
                 sampler.vision_passes = False
+        if trainer.args.world_size == 1 and trainer.answer_scorer is None:
+            base = base_model(trainer.model)
+            trainer.add_callback(
+                TowerAside([base.get_submodule(trainer.family.parts[p]) for p in ("vision", "projector")])
+            )
     return cache
 
 

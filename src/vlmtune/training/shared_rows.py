@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmtune.batching.encode import Encoder
-from vlmtune.batching.masks import additive, tree_masks
+from vlmtune.batching.masks import prepared, tree_masks
 from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.models.family import Family
 
@@ -47,8 +47,7 @@ def shared_row_inputs(family: Family, model: nn.Module, inputs: dict[str, Any]) 
         bidirectional_images=family.attention == "image_block",
         sliding_window=text_config.sliding_window if family.sliding_window else None,
     )
-    if text_config._attn_implementation == "eager":
-        masks = {kind: additive(mask, next(model.parameters()).dtype) for kind, mask in masks.items()}
+    masks = prepared(masks, text_config._attn_implementation, next(model.parameters()).dtype)
     axes = inputs.pop("axes", None)
     if axes is not None:
         made["position_ids"] = axes
