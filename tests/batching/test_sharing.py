@@ -22,6 +22,7 @@ from vlmtune.batching.sharing import (
 
 # Token ids: 1 BOS, 7 an image's soft token, the others are words.
 BOS, IMAGE, PAD = 1, 7, 0
+BOTH = ("full_attention", "sliding_attention")
 
 
 def sample(name: str, ids: list[int], learn: list[int], key: str = "k") -> EncodedSample:
@@ -207,7 +208,7 @@ class TestMasks:
 
     def masks(self, groups, *, multiple_of=None, **options):
         batch = collate_rows(groups, pad_token_id=PAD, multiple_of=multiple_of)
-        return tree_masks(batch["layout"], batch["position_ids"], **{"bidirectional_images": True} | options)
+        return tree_masks(batch["layout"], batch["position_ids"], **{"block_layers": BOTH} | options)
 
     def row(self, *groups) -> list[Row]:
         row = Row()
@@ -231,8 +232,13 @@ class TestMasks:
         ]
 
     def test_causal_images(self) -> None:
-        masks = self.masks(self.row([FIRST, SECOND]), bidirectional_images=False)
+        masks = self.masks(self.row([FIRST, SECOND]), block_layers=())
         assert seen(masks["full_attention"])[1] == "xx......"
+
+    def test_images_see_each_other_in_some_layers(self) -> None:
+        masks = self.masks(self.row([FIRST, SECOND]), block_layers=("sliding_attention",), sliding_window=3)
+        assert seen(masks["full_attention"])[1] == "xx......"
+        assert seen(masks["sliding_attention"])[1] == "xxx....."
 
     def test_window_counts_positions(self) -> None:
         masks = self.masks(self.row([FIRST, SECOND]), sliding_window=3)

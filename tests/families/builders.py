@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,49 @@ INTERNVL_TEMPLATE = (
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}<IMG_CONTEXT>\n"
     "{% else %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# llava-hf/llava-onevision-qwen2-72b-si-hf.
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Qwen/Qwen3.5-9B: the last answer keeps its thoughts, and earlier ones lose them.
+QWEN3_5_TEMPLATE = (
+    "{% set ns = namespace(last=-1) %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% else %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+# mistralai/Mistral-Small-3.1-24B-Instruct-2503, without its system prompt.
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST]"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}[IMG]{% else %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}[/INST]{% else %}{{ message['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
+)
+# google/gemma-4-E2B-it; google/gemma-4-31B-it opens answers with empty thoughts.
+GEMMA4_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<|image|>"
+    "{% else %}{{ content['text'] | trim }}{% endif %}{% endfor %}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+)
+GEMMA4_LARGE_TEMPLATE = GEMMA4_TEMPLATE.removesuffix("{% endif %}") + (
+    "{% if not enable_thinking | default(false) %}{{ '<|channel>thought\n<channel|>' }}{% endif %}{% endif %}"
+)
+# ibm-granite/granite-docling-258M, whose language model is of the same family.
+GRANITE_TEMPLATE = (
+    "{% for message in messages %}<|start_of_role|>{{ message['role'] }}<|end_of_role|>"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<image>{% else %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|end_of_text|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
 )
 
 TEXT = {
@@ -197,23 +241,32 @@ def _qwen_tokenizer(corpus: Sequence[str]) -> Any:
 
 
 def _qwen(corpus: Sequence[str], kind: str, vision: dict[str, Any], **text: Any) -> tuple[Any, Any]:
+    processor = _qwen_processor(corpus, kind)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
+    return _qwen_model(processor, kind, vision, rope_parameters=rope, **text), processor
+
+
+def _qwen_processor(corpus: Sequence[str], kind: str, template: str = QWEN_TEMPLATE) -> Any:
     tokenizer = _qwen_tokenizer(corpus)
     images = transformers.Qwen2VLImageProcessor(
         patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8 * 2, "longest_edge": 8 * 8 * 20}
     )
     videos = VideoSettings({"video_processor_type": "Qwen2VLVideoProcessor", "merge_size": 2})
     with video_parts_as_settings():
-        processor = getattr(transformers, f"{kind}Processor")(images, tokenizer, videos, chat_template=QWEN_TEMPLATE)
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
+        return getattr(transformers, f"{kind}Processor")(images, tokenizer, videos, chat_template=template)
+
+
+def _qwen_model(processor: Any, kind: str, vision: dict[str, Any], **text: Any) -> Any:
+    tokenizer = processor.tokenizer
     config = getattr(transformers, f"{kind}Config")(
         vision_config={"patch_size": 4, "spatial_merge_size": 2, "num_heads": 2, "depth": 2, **vision},
-        text_config=_text_config(tokenizer, rope_parameters=rope, **text),
+        text_config=_text_config(tokenizer, **text),
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
-    return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
 def _qwen2_vl(corpus: Sequence[str]) -> tuple[Any, Any]:
@@ -230,6 +283,162 @@ def _qwen3_vl(corpus: Sequence[str]) -> tuple[Any, Any]:
     return _qwen(
         corpus, "Qwen3VL", {**tower, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}, head_dim=16
     )
+
+
+def _qwen3_5(corpus: Sequence[str]) -> tuple[Any, Any]:
+    processor = _qwen_processor(corpus, "Qwen3VL", QWEN3_5_TEMPLATE)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": TEXT["hidden_size"]}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 4}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 32, "head_dim": 16}
+    layers = ["linear_attention", "full_attention"]
+    text = {**linear, **heads, "layer_types": layers, "rope_parameters": rope}
+    return _qwen_model(processor, "Qwen3_5", {**tower, "num_position_embeddings": 16}, **text), processor
+
+
+def _llava_onevision(corpus: Sequence[str]) -> tuple[Any, Any]:
+    tokenizer = _qwen_tokenizer(corpus)
+    tokenizer.add_tokens(_special("<image>", "<video>"), special_tokens=True)
+    pinpoints = [[32, 64], [64, 32], [64, 64], [32, 128]]
+    images = transformers.LlavaOnevisionImageProcessor(
+        size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints
+    )
+    videos = VideoSettings({"video_processor_type": "LlavaOnevisionVideoProcessor"})
+    with video_parts_as_settings():
+        processor = transformers.LlavaOnevisionProcessor(
+            images,
+            tokenizer,
+            videos,
+            num_image_tokens=16,
+            vision_feature_select_strategy="full",
+            chat_template=ONEVISION_TEMPLATE,
+            vision_aspect_ratio="anyres_max_9",
+        )
+    config = transformers.LlavaOnevisionConfig(
+        vision_config={
+            **TOWER,
+            "model_type": "siglip_vision_model",
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        text_config={"model_type": "qwen2", **_text_config(tokenizer)},
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def _mistral3(corpus: Sequence[str]) -> tuple[Any, Any]:
+    vocabulary, merges = _spaced_bpe(corpus, ["<unk>", "<s>", "</s>", "<pad>"])
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<pad>", add_bos_token=True)
+    tokenizer.add_tokens(_special("[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"), special_tokens=True)
+    images = transformers.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
+    with video_parts_as_settings():
+        processor = importlib.import_module("transformers.models.pixtral").PixtralProcessor(
+            images, tokenizer, patch_size=8, spatial_merge_size=2, chat_template=MISTRAL_TEMPLATE
+        )
+    config = transformers.Mistral3Config(
+        vision_config={**TOWER, "model_type": "pixtral", "image_size": 64, "patch_size": 8, "head_dim": 16},
+        text_config={"model_type": "mistral", **_text_config(tokenizer, head_dim=16, sliding_window=None)},
+        image_token_index=processor.image_token_id,
+        spatial_merge_size=2,
+    )
+    return transformers.Mistral3ForConditionalGeneration(config), processor
+
+
+def _gemma4_processor(corpus: Sequence[str], template: str) -> Any:
+    vocabulary, merges = _spaced_bpe(corpus, ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
+    named = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+    heard = {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens={**named, **heard})
+    tokenizer.add_tokens(_special("<|turn>", "<turn|>", "<|channel>", "<channel|>"), special_tokens=True)
+    images = transformers.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70, pooling_kernel_size=3)
+    videos = VideoSettings({"video_processor_type": "Gemma4VideoProcessor"})
+    with video_parts_as_settings():
+        return transformers.Gemma4Processor(
+            transformers.Gemma4AudioFeatureExtractor(), images, tokenizer, videos, chat_template=template
+        )
+
+
+def _gemma4_config(processor: Any, text: dict[str, Any], **more: Any) -> Any:
+    tokenizer = processor.tokenizer
+    # One layer: every image has the patches of 70 tokens at least.
+    tower = {**TOWER, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in (("image", "<|image|>"), ("boi", "<|image>"), ("eoi", "<image|>"), ("audio", "<|audio|>"))
+    }
+    layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    text = {"layer_types": layers, "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, **text}
+    return transformers.Gemma4Config(
+        vision_config={**tower, "pooling_kernel_size": 3, "position_embedding_size": 700},
+        text_config=_text_config(tokenizer, sliding_window=16, **text),
+        video_token_id=processor.video_token_id,
+        **ids,
+        **more,
+    )
+
+
+def _gemma4(corpus: Sequence[str]) -> tuple[Any, Any]:
+    """As E2B: each layer's own embeddings, later layers that take keys and values of earlier ones, an audio tower."""
+    processor = _gemma4_processor(corpus, GEMMA4_TEMPLATE)
+    text = {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": len(processor.tokenizer),
+        "num_kv_shared_layers": 2,
+        "final_logit_softcapping": 30.0,
+    }
+    audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
+    return transformers.Gemma4ForConditionalGeneration(_gemma4_config(processor, text, audio_config=audio)), processor
+
+
+def _gemma4_large(corpus: Sequence[str]) -> tuple[Any, Any]:
+    """As 31B: an image's tokens see each other in layers with a window; keys are values in the others."""
+    processor = _gemma4_processor(corpus, GEMMA4_LARGE_TEMPLATE)
+    text = {
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "final_logit_softcapping": 30.0,
+    }
+    return transformers.Gemma4ForConditionalGeneration(_gemma4_config(processor, text, audio_config=None)), processor
+
+
+def _granite_docling(corpus: Sequence[str]) -> tuple[Any, Any]:
+    vocabulary, merges = _byte_bpe(corpus, ["<|pad|>", "<|end_of_text|>"])
+    names = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}
+    tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=merges, **names)
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    more = ("<fake_token_around_image>", "<image>", "<global-img>", "<|start_of_role|>", "<|end_of_role|>", *tiles)
+    tokenizer.add_tokens(_special(*more), special_tokens=True)
+    images = transformers.GraniteDoclingImageProcessor(size={"height": 16, "width": 16}, max_patches=6)
+    processor = transformers.GraniteDoclingProcessor(
+        images, tokenizer, image_seq_len=4, chat_template=GRANITE_TEMPLATE
+    )
+    # Scaled up, a token's own embedding would hide all else of so small a model.
+    unscaled = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0}
+    text = _text_config(tokenizer, logits_scaling=4.0, attention_multiplier=0.25, **unscaled)
+    config = transformers.GraniteDoclingConfig(
+        vision_config={
+            **TOWER,
+            "image_size": 16,
+            "patch_size": 2,
+            "out_hidden_size": TEXT["hidden_size"],
+            "scale_factor": 4,
+            "deepstack_visual_indexes": [0],
+        },
+        text_config=text,
+        image_token_id=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        density_router_hidden_size=8,
+        tie_word_embeddings=False,
+    )
+    return transformers.GraniteDoclingForConditionalGeneration(config), processor
 
 
 def _internvl(corpus: Sequence[str]) -> tuple[Any, Any]:
@@ -296,7 +505,15 @@ BUILDERS: dict[str, Callable[[Sequence[str]], tuple[Any, Any]]] = {
     "llava_next": _llava_next,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
+    "qwen3_5": _qwen3_5,
+    "llava_onevision": _llava_onevision,
+    "mistral3": _mistral3,
+    "gemma4": _gemma4,
+    "gemma4_large": _gemma4_large,
+    "granite_docling": _granite_docling,
 }
+# Checkpoints of a family that differ in what its record says of them.
+VARIANTS = {"gemma4_large": "gemma4"}
 
 
 def build(name: str, folder: Path, corpus: Sequence[str]) -> None:

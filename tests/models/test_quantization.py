@@ -95,7 +95,7 @@ class TestOptions:
         assert get_torch_dtype("auto") is get_torch_dtype(None) is torch.float32
 
     def test_names_left_out_are_modules_of_the_model(self, tiny_model) -> None:
-        names = unquantised_modules(GEMMA)
+        names = unquantised_modules(GEMMA, None)
         assert names == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
         assert all(tiny_model.get_submodule(name) is not None for name in names)
 
@@ -119,7 +119,7 @@ class TestWhatIsQuantised:
         from vlmtune.models import loading
 
         # The short name, which transformers matches against the beginning of full names only.
-        monkeypatch.setattr(loading, "unquantised_modules", lambda family: ["vision_tower", "lm_head"])
+        monkeypatch.setattr(loading, "unquantised_modules", lambda *_: ["vision_tower", "lm_head"])
         with pytest.raises(ModelError, match=r"modules outside the language model were quantised.*vision_tower"):
             _load(tiny_gemma3_dir, 4)
 

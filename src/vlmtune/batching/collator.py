@@ -160,9 +160,10 @@ class SharedImageCollator(BaseVLMDataCollator):
         batch["sample_ids"] = [sample.id for row in packed for group in row.members for sample in group]
         if any(row.get(FILLER) for row in rows):
             batch["target_weights"].zero_()
+        types = batch.pop("token_type_ids")
         # Where positions have several axes, the model takes the types for nothing but to compute those.
-        if not self.family.needs_token_type_ids or "axes" in batch:
-            del batch["token_type_ids"]
+        if self.family.needs_token_type_ids and "axes" not in batch:
+            batch[self.family.token_types_name] = types
         return batch
 
 

@@ -138,8 +138,14 @@ class Encoder:
         )
 
     def images(self, sample: Sample) -> dict[str, Any]:
-        """Decode the sample's images and return the image processor's tensors."""
+        """Decode the sample's images and return the image processor's tensors.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            EncodingError: the family takes no image of such a size.
+        """
         pictures = [decode(image, max_pixels=self.max_pixels) for image in sample.images]
+        self._layout(sample, [(picture.height, picture.width) for picture in pictures])
         options = {**self.family.image_options(self.processor), "return_tensors": "pt"}
         return dict(self.processor.image_processor([pictures], **options))
 
@@ -148,12 +154,22 @@ class Encoder:
 
         Raises:
             ImageError: an image's header cannot be read; only where its size matters.
+            EncodingError: the family takes no image of such a size.
         """
         if not sample.images:
             return {}
         sized, most = self.family.sized, self.max_pixels
         sizes = [upright_size(image, max_pixels=most) if sized else (0, 0) for image in sample.images]
-        return self.family.layout(self.processor, sizes)
+        return self._layout(sample, sizes)
+
+    def _layout(self, sample: Sample, sizes: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
+        try:
+            return self.family.layout(self.processor, sizes)
+        except ValueError as error:
+            raise EncodingError(
+                f"Sample {sample.id!r} has an image that {self.family.name} does not take: {error}. Resize or crop the "
+                "image, or leave out that row."
+            ) from error
 
     def tokens(self, sample: Sample, image_inputs: Mapping[str, Any] | None = None) -> tuple[list[int], list[bool]]:
         """Return token ids and supervised flags of the whole conversation, without a length limit."""
@@ -256,10 +272,18 @@ class Encoder:
 
     def _template(self, conversation: list[dict[str, Any]], generate: bool) -> str:
         def rendered(part: list[dict[str, Any]], generate: bool = False) -> str:
-            return str(self.processor.apply_chat_template(part, tokenize=False, add_generation_prompt=generate))
+            options = {"tokenize": False, "add_generation_prompt": generate, **self.family.template_options}
+            return str(self.processor.apply_chat_template(part, **options))
 
         if self.family.closes_turn:
-            return rendered(conversation, generate)
+            text = rendered(conversation, generate)
+            opening = self.family.opening
+            if opening and not generate and conversation and conversation[-1]["role"] == "assistant":
+                prompt = rendered(conversation[:-1], True)
+                start = len(prompt.removesuffix(opening))
+                if prompt.endswith(opening) and text[:start] == prompt[:start] and not text.startswith(prompt):
+                    text = prompt + text[start:]
+            return text
         text, done = "", ""
         for turn, message in enumerate(conversation, 1):
             if message["role"] == "assistant":

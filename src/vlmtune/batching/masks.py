@@ -5,7 +5,7 @@ Shape legend: B rows, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,19 +18,23 @@ EXACT_ATTENTION = ("sdpa", "eager", "flex_attention")
 
 
 def tree_masks(
-    layout_3BL: Tensor, positions_BL: Tensor, *, bidirectional_images: bool, sliding_window: int | None = None
+    layout_3BL: Tensor,
+    positions_BL: Tensor,
+    *,
+    block_layers: Collection[str] = (),
+    sliding_window: int | None = None,
 ) -> dict[str, Tensor]:
     """Return which token sees which, for each kind of attention layer.
 
     A token sees the tokens of its group's prefix and of its own branch that do not come after it by *position*.
-    Where the family has it, the soft tokens of one image see each other. A sliding window counts positions too:
+    In ``block_layers`` the soft tokens of one image see each other. A sliding window counts positions too:
     by index, a late branch would lose sight of a prefix that it sees when it stands alone.
 
     Args:
         layout_3BL: group, branch and image block of each token, from
             :func:`~vlmtune.batching.sharing.collate_rows`.
         positions_BL: position of each token in its sample.
-        bidirectional_images: soft tokens of one image see each other.
+        block_layers: kinds of layers in which the soft tokens of one image see each other.
         sliding_window: window of the layers that have one, in positions.
 
     Returns:
@@ -42,16 +46,19 @@ def tree_masks(
     same_sample = (group[:, :, None] == group[:, None, :]) & (
         (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     )
-    seen = same_sample & (distance >= 0)
-    if bidirectional_images:
-        seen |= (block[:, :, None] == block[:, None, :]) & (block != NO_BLOCK)[:, :, None]
+    causal = same_sample & (distance >= 0)
+    same_image = (block[:, :, None] == block[:, None, :]) & (block != NO_BLOCK)[:, :, None]
     # Padding sees itself alone: a query that sees nothing would become NaN.
-    itself = torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    itself = torch.eye(causal.shape[-1], dtype=torch.bool, device=causal.device)
     padding = (group == PADDING)[:, :, None]
-    seen = torch.where(padding, itself, seen)
-    masks = {"full_attention": seen[:, None]}
+
+    def mask(kind: str, allowed: Tensor | None = None) -> Tensor:
+        seen = torch.where(padding, itself, causal | same_image if kind in block_layers else causal)
+        return (seen if allowed is None else seen & allowed)[:, None]
+
+    masks = {"full_attention": mask("full_attention")}
     if sliding_window is not None:
-        masks["sliding_attention"] = (seen & (distance < sliding_window))[:, None]
+        masks["sliding_attention"] = mask("sliding_attention", distance < sliding_window)
     return masks
 
 

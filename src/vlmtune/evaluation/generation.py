@@ -218,7 +218,7 @@ class AnswerGenerator:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.family.needs_token_type_ids and self.family.positions_of is None:
             types = [prompt.encoded.token_type_ids[: len(prompt.prefix)] for prompt in firsts]
-            inputs["token_type_ids"] = torch.tensor(types)
+            inputs[self.family.token_types_name] = torch.tensor(types)
         inputs |= join_images([prompt.encoded for prompt in firsts], self.family)
         axes = self.axes(firsts, slice(0, len(firsts[0].prefix)))
         inputs |= {} if axes is None else {"position_ids": axes}

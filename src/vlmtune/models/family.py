@@ -6,7 +6,7 @@ A family is a frozen record in ``models/families/NAME.py``, listed in the plain 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ Size = tuple[int, int]
 ImageOptions = Callable[[Any], Mapping[str, Any]]
 # (configuration) -> modules that the loss does not depend on.
 Unused = Callable[[Any], Sequence[str]]
+# (configuration) -> kinds of attention layers in which the tokens of one image see each other.
+BlockLayers = Callable[[Any], Collection[str]]
 # (processor, sizes of the images) -> what the processor counts an image's soft tokens from.
 Layout = Callable[[Any, Sequence[Size]], Mapping[str, Any]]
 # (processor, messages, open the assistant's turn) -> text; raises ValueError for what the family cannot be told.
@@ -33,6 +35,11 @@ Positions = Callable[[Any, Sequence[int], Mapping[str, Any]], list[list[int]]]
 def nothing_unused(config: Any) -> Sequence[str]:
     """For families where every weight reaches the loss."""
     return ()
+
+
+def every_layer(config: Any) -> Collection[str]:
+    """For families whose attention is alike in every layer."""
+    return ("full_attention", "sliding_attention")
 
 
 def class_image_options(processor: Any) -> Mapping[str, Any]:
@@ -57,8 +64,8 @@ class Family:
         parts: part name -> module path in the loaded base model, anchored at its root.
         lora_targets: scope -> names of the linear layers that LoRA adapts inside that part; none where the part
             has no linear layers: it is then trained in full and saved with the adapter.
-        attention: which tokens of a prompt see each other: ``causal``, or ``image_block`` (causal, and
-            every image's tokens see each other), or ``prefix`` (the whole prompt sees itself).
+        attention: which tokens of a prompt see each other: ``causal``, or ``image_block`` (causal, and in
+            ``block_layers`` every image's tokens see each other), or ``prefix`` (the whole prompt sees itself).
         sliding_window: some layers attend over a window, counted in positions.
         positions: ``single`` (0..n-1) or ``multi_axis`` (time, height, width).
         turn_end: the token with which the chat template closes an assistant turn; supervised.
@@ -69,7 +76,8 @@ class Family:
             tokens, or, where ``attention`` is ``prefix``, 1 on what is answered.
         refused_dtypes: dtype -> why it must not be used.
         sharing: texts of one image can share its prefix exactly; else ``sharing_reason`` says why not.
-        feature_cache: features of a frozen tower can be given through ``mm_encoder_outputs``.
+        feature_cache: features of a frozen tower can be given through ``mm_encoder_outputs``; else
+            ``cache_reason`` says why not.
         min_transformers: lowest version known to be right.
         processor_class: the transformers class of its processor.
         token_types_name: the model's input that ``needs_token_type_ids`` speaks of.
@@ -84,8 +92,12 @@ class Family:
         render: for families without a chat template, the text of a conversation.
         attn_implementation: attention code by default; none where transformers' own choice is the only one that all
             its language models have.
-        unused: modules that exist and are not used; they are neither adapted nor trained.
+        unused: modules that exist and are not used, such as an audio tower; they are neither adapted, trained nor
+            quantised.
         features_listed: the model takes prepared image features as a list, one tensor an image.
+        block_layers: where ``attention`` is ``image_block``, the kinds of layers in which it is so.
+        template_options: what the chat template is told, such as that the model answers without thinking aloud first.
+        opening: what the chat template writes to open an answer and leaves out of an answer that is finished.
         paper, licence, source: provenance; ``source`` names the transformers file the facts are from.
     """
 
@@ -111,6 +123,7 @@ class Family:
     sharing: bool = False
     sharing_reason: str = ""
     feature_cache: bool = False
+    cache_reason: str = ""
     processor_class: str = ""
     token_types_name: str = "token_type_ids"
     image_inputs: tuple[str, ...] = ("pixel_values",)
@@ -125,3 +138,6 @@ class Family:
     attn_implementation: str | None = "sdpa"
     unused: Unused = nothing_unused
     features_listed: bool = False
+    block_layers: BlockLayers = every_layer
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    opening: str = ""

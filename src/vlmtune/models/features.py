@@ -211,6 +211,9 @@ class FeatureCache:
 def image_features(model: nn.Module, pixels: Mapping[str, Tensor]) -> Tensor:
     """Return the projected features of processed images, (images, tokens, hidden).
 
+    Where features of deeper tower layers go with them ("deepstack", arXiv:2406.04334), those lie behind each
+    token's own: (images, tokens, hidden * (1 + layers)).
+
     Args:
         model: the loaded base model, or a PEFT model around it.
         pixels: the image processor's tensors.
@@ -218,8 +221,10 @@ def image_features(model: nn.Module, pixels: Mapping[str, Tensor]) -> Tensor:
     base = base_model(model)
     device = next(base.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in pixels.items()}
-    features = base.get_image_features(**inputs, return_dict=True).pooler_output
-    return features if isinstance(features, Tensor) else torch.stack(list(features))
+    outputs = base.get_image_features(**inputs, return_dict=True)
+    deeper = getattr(outputs, "deepstack_features", None) or []
+    layers = [x if isinstance(x, Tensor) else torch.stack(list(x)) for x in (outputs.pooler_output, *deeper)]
+    return torch.cat(layers, dim=-1)
 
 
 def missing(cache: FeatureCache, hashes: Iterable[str]) -> list[str]:

@@ -97,7 +97,7 @@ def load_model_for_training(
     dtype = get_torch_dtype(torch_dtype)
     require_dtype(family, dtype)
     if quantization_config is not None:
-        quantization_config.llm_int8_skip_modules = unquantised_modules(family)
+        quantization_config.llm_int8_skip_modules = unquantised_modules(family, config)
         if device_map is None and torch.cuda.is_available():
             device_map = {"": torch.cuda.current_device()}
     model = _load(

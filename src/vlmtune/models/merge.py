@@ -160,7 +160,7 @@ class _Plan:
         self.adapter = adapter
         self.dequantise = dequantise
         self.language = family.parts["language"] + "."
-        self.unquantised = tuple(unquantised_modules(family))
+        self.unquantised = tuple(unquantised_modules(family, config))
         kind = read_adapter_settings(adapter).get("peft_type")
         if kind != "LORA":
             raise AdapterError(f"The adapter {adapter} is of the kind {kind}; only LoRA adapters are merged here.")

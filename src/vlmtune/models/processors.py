@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from vlmtune.errors import MissingDependencyError
 
 _AUTO = "transformers.models.auto.video_processing_auto"
+_PIXTRAL = "transformers.models.pixtral"
 _SMOLVLM = "transformers.models.smolvlm.processing_smolvlm"
 
 
@@ -65,9 +67,13 @@ def load_auto_processor(name: str | Path, **options: Any) -> Any:
 
 @contextmanager
 def video_parts_as_settings() -> Iterator[None]:
-    """While it lasts, processors that hold a video part are built without the packages that only videos need."""
+    """While it lasts, processors that hold a video part are built without the packages that only videos need.
+
+    So is Pixtral's, whose image processor has a Pillow form, but which takes a function for sizes from the other one.
+    """
     with ExitStack() as stack:
         if importlib.util.find_spec("torchvision") is None:
+            stack.enter_context(_pixtral_with_pillow())
             stack.enter_context(mock.patch.object(importlib.import_module(_AUTO), "AutoVideoProcessor", VideoSettings))
             # The class that a video part is checked against is not exported without torchvision.
             exported = processing_utils.transformers_module
@@ -75,4 +81,15 @@ def video_parts_as_settings() -> Iterator[None]:
         if importlib.util.find_spec("num2words") is None:
             # It spells the number of a video's frames; the processor asks for it when it is made.
             stack.enter_context(mock.patch.object(importlib.import_module(_SMOLVLM), "num2words", str))
+        yield
+
+
+@contextmanager
+def _pixtral_with_pillow() -> Iterator[None]:
+    package = importlib.import_module(_PIXTRAL)
+    pillow = importlib.import_module(f"{_PIXTRAL}.image_processing_pil_pixtral")
+    # The Pillow module has a function of the same name, for the same sizes.
+    with mock.patch.dict(sys.modules, {f"{_PIXTRAL}.image_processing_pixtral": pillow}):
+        found = importlib.import_module(f"{_PIXTRAL}.processing_pixtral").PixtralProcessor
+    with mock.patch.object(package, "PixtralProcessor", found):
         yield

@@ -108,9 +108,15 @@ def quantization_of(arguments: QuantizationArguments, torch_dtype: str | torch.d
     )
 
 
-def unquantised_modules(family: Family) -> list[str]:
-    """Full names of the modules that stay unquantised; transformers anchors its patterns to full names."""
-    return [family.parts[part] for part in UNQUANTISED if part in family.parts]  # type: ignore[index]
+def unquantised_modules(family: Family, config: Any) -> list[str]:
+    """Full names of the modules that stay unquantised; transformers anchors its patterns to full names.
+
+    Args:
+        family: the model's record.
+        config: the model's configuration; what it has beside the parts, such as an audio tower, stays as it is too.
+    """
+    names = [family.parts[part] for part in UNQUANTISED if part in family.parts]  # type: ignore[index]
+    return [*names, *(name for name in family.unused(config) if not name.startswith(tuple(names)))]
 
 
 def quantised_modules(model: nn.Module) -> list[str]:

@@ -173,7 +173,10 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
     """
     base = base_model(model)
     original = base.forward
-    softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    text_config = base.config.get_text_config()
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    # Granite divides its logits; the same of the head's input is cheaper (modeling_granite.py).
+    divisor = getattr(text_config, "logits_scaling", None)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         sources = kwargs.pop("target_sources", None)
@@ -183,8 +186,9 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
         dummy = kwargs.pop("dummy_image", None)
         kwargs.pop("labels", None)
         hidden_BLH = getattr(self, self.base_model_prefix)(*args, **kwargs, use_cache=False)[0]
+        hidden_NH = hidden_BLH.flatten(0, 1)[sources]
         loss = chunked_cross_entropy(
-            hidden_BLH.flatten(0, 1)[sources],
+            hidden_NH / divisor if divisor else hidden_NH,
             targets,
             self.get_output_embeddings(),
             weights_N=weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from vlmtune.batching.encode import Encoder
 from vlmtune.batching.masks import prepared, tree_masks
 from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.models.family import Family
+
+
+@dataclass
+class _EncoderOutputs(BaseModelOutputWithPooling):
+    """With all that one family or another reads of what its tower returned."""
+
+    deepstack_features: list[list[torch.Tensor]] | None = None
+    router_logits: torch.Tensor | None = None
 
 
 def shared_row_inputs(family: Family, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -29,22 +38,18 @@ def shared_row_inputs(family: Family, model: nn.Module, inputs: dict[str, Any]) 
         and ``mm_encoder_outputs``; those of them that the batch calls for.
     """
     made: dict[str, Any] = {}
+    config: Any = model.config
+    text_config = config.get_text_config()
     features = inputs.pop("image_features", None)
     if features is not None:
-        if family.features_listed:
-            features = list(features)
-        elif family.sized:
-            features = torch.cat(list(features))[None]
-        made["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        made["mm_encoder_outputs"] = {"image": _encoder_outputs(family, list(features), text_config.hidden_size)}
     layout = inputs.pop("layout", None)
     if layout is None:
         return made
-    config: Any = model.config
-    text_config = config.get_text_config()
     masks = tree_masks(
         layout,
         inputs["position_ids"],
-        bidirectional_images=family.attention == "image_block",
+        block_layers=family.block_layers(config) if family.attention == "image_block" else (),
         sliding_window=text_config.sliding_window if family.sliding_window else None,
     )
     masks = prepared(masks, text_config._attn_implementation, next(model.parameters()).dtype)
@@ -53,6 +58,18 @@ def shared_row_inputs(family: Family, model: nn.Module, inputs: dict[str, Any]) 
         made["position_ids"] = axes
     made["attention_mask"] = masks if family.sliding_window else masks["full_attention"]
     return made
+
+
+def _encoder_outputs(family: Family, features: list[torch.Tensor], hidden: int) -> _EncoderOutputs:
+    """What the tower would have returned; ``features`` as :func:`~vlmtune.models.features.image_features` gives them.
+
+    Shapes of the features: (tokens, hidden * (1 + deeper layers)) for each image.
+    """
+    layers = [list(layer) for layer in zip(*(feature.split(hidden, dim=-1) for feature in features), strict=True)]
+    own: Any = layers[0]
+    if not family.features_listed:
+        own = torch.cat(own)[None] if family.sized else torch.stack(own)
+    return _EncoderOutputs(pooler_output=own, deepstack_features=layers[1:] or None)
 
 
 def dummy_image(encoder: Encoder) -> dict[str, torch.Tensor]:

@@ -6,34 +6,43 @@ from typing import Any
 
 from vlmtune.errors import UnsupportedModelError, nearest
 from vlmtune.models.families.gemma3 import GEMMA3
+from vlmtune.models.families.gemma4 import GEMMA4
+from vlmtune.models.families.granite_docling import GRANITE_DOCLING
 from vlmtune.models.families.idefics3 import IDEFICS3, SMOLVLM
 from vlmtune.models.families.internvl import INTERNVL
 from vlmtune.models.families.llava import LLAVA
 from vlmtune.models.families.llava_next import LLAVA_NEXT
+from vlmtune.models.families.llava_onevision import LLAVA_ONEVISION
+from vlmtune.models.families.mistral3 import MISTRAL3
 from vlmtune.models.families.paligemma import PALIGEMMA
 from vlmtune.models.families.qwen2_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from vlmtune.models.families.qwen3_5 import QWEN3_5
 from vlmtune.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         GEMMA3,
+        GEMMA4,
         PALIGEMMA,
         LLAVA,
         LLAVA_NEXT,
+        LLAVA_ONEVISION,
         QWEN2_VL,
         QWEN2_5_VL,
         QWEN3_VL,
+        QWEN3_5,
         IDEFICS3,
         SMOLVLM,
         INTERNVL,
+        MISTRAL3,
+        GRANITE_DOCLING,
     )
 }
 
 # model_type -> why a family that transformers has is not taken.
 _TORCHVISION = "transformers makes its image processor with torchvision only, which vlmtune does without"
 REFUSED: dict[str, str] = {
-    "mistral3": _TORCHVISION,
     "lfm2_vl": _TORCHVISION,
     "gemma3n": "its vision tower needs the package timm, which vlmtune does without",
     "mllama": "it reads images by cross-attention, with no image tokens in the text, which is not proved here",

@@ -59,6 +59,7 @@ PALIGEMMA = Family(
     needs_token_type_ids=True,
     render=render,
     sharing_reason="its image tokens attend to the question, so they are others for every question",
+    cache_reason="features are kept for rows that share images, which this family cannot have",
     # Gemma 2, of PaliGemma 2, has eager attention only; Gemma, of PaliGemma 1, has the others too.
     attn_implementation=None,
     min_transformers="5.23",

@@ -119,8 +119,6 @@ QWEN3_VL = dataclasses.replace(
         # The mergers of the layers that are added deeper in the language model lie in the tower.
         "vision": ("qkv", "proj", "linear_fc1", "linear_fc2"),
     },
-    # Features of deeper layers go with an image's, and the cache holds one tensor an image.
-    feature_cache=False,
     paper="https://arxiv.org/abs/2511.21631",
     licence="Apache-2.0",
     source="transformers/models/qwen3_vl/modeling_qwen3_vl.py, processing_qwen3_vl.py",
