@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AddedToken, GemmaTokenizer, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
+from transformers import AddedToken, GemmaTokenizer, GenerationConfig, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from vlmtune.models.processors import VideoSettings, video_parts_as_settings
 
@@ -174,7 +174,12 @@ def _llava(corpus: Sequence[str]) -> tuple[Any, Any]:
     return transformers.LlavaForConditionalGeneration(config), processor
 
 
-def _llava_next(corpus: Sequence[str]) -> tuple[Any, Any]:
+def _llava_next_mistral(corpus: Sequence[str]) -> tuple[Any, Any]:
+    """With a language model all of whose layers have a window."""
+    return _llava_next(corpus, {"model_type": "mistral", "sliding_window": 16, "head_dim": 16})
+
+
+def _llava_next(corpus: Sequence[str], text: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     model, processor = _llava(corpus)
     pinpoints = [[32, 64], [64, 32], [64, 64]]
     images = transformers.LlavaNextImageProcessor(
@@ -190,7 +195,7 @@ def _llava_next(corpus: Sequence[str]) -> tuple[Any, Any]:
     )
     config = transformers.LlavaNextConfig(
         vision_config=model.config.vision_config,
-        text_config=model.config.text_config,
+        text_config={"model_type": "llama", **_text_config(processor.tokenizer), **(text or {})},
         image_token_index=processor.image_token_id,
         image_grid_pinpoints=pinpoints,
         image_seq_length=16,
@@ -300,9 +305,7 @@ def _llava_onevision(corpus: Sequence[str]) -> tuple[Any, Any]:
     tokenizer = _qwen_tokenizer(corpus)
     tokenizer.add_tokens(_special("<image>", "<video>"), special_tokens=True)
     pinpoints = [[32, 64], [64, 32], [64, 64], [32, 128]]
-    images = transformers.LlavaOnevisionImageProcessor(
-        size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints
-    )
+    images = transformers.LlavaOnevisionImageProcessor(size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints)
     videos = VideoSettings({"video_processor_type": "LlavaOnevisionVideoProcessor"})
     with video_parts_as_settings():
         processor = transformers.LlavaOnevisionProcessor(
@@ -417,9 +420,7 @@ def _granite_docling(corpus: Sequence[str]) -> tuple[Any, Any]:
     more = ("<fake_token_around_image>", "<image>", "<global-img>", "<|start_of_role|>", "<|end_of_role|>", *tiles)
     tokenizer.add_tokens(_special(*more), special_tokens=True)
     images = transformers.GraniteDoclingImageProcessor(size={"height": 16, "width": 16}, max_patches=6)
-    processor = transformers.GraniteDoclingProcessor(
-        images, tokenizer, image_seq_len=4, chat_template=GRANITE_TEMPLATE
-    )
+    processor = transformers.GraniteDoclingProcessor(images, tokenizer, image_seq_len=4, chat_template=GRANITE_TEMPLATE)
     # Scaled up, a token's own embedding would hide all else of so small a model.
     unscaled = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0}
     text = _text_config(tokenizer, logits_scaling=4.0, attention_multiplier=0.25, **unscaled)
@@ -510,10 +511,28 @@ BUILDERS: dict[str, Callable[[Sequence[str]], tuple[Any, Any]]] = {
     "mistral3": _mistral3,
     "gemma4": _gemma4,
     "gemma4_large": _gemma4_large,
+    "llava_next_mistral": _llava_next_mistral,
     "granite_docling": _granite_docling,
 }
-# Checkpoints of a family that differ in what its record says of them.
-VARIANTS = {"gemma4_large": "gemma4"}
+# Further checkpoints of a family, for what differs inside it.
+VARIANTS = {"gemma4_large": "gemma4", "llava_next_mistral": "llava_next"}
+
+# The tokens at which the published generation_config.json of each stops.
+ENDS = {
+    "llava": ("</s>",),
+    "llava_next": ("</s>",),
+    "llava_next_mistral": ("</s>",),
+    "llava_onevision": ("<|im_end|>",),
+    "idefics3": ("<end_of_utterance>",),
+    "smolvlm": ("<end_of_utterance>",),
+    "paligemma": ("<eos>",),
+    "mistral3": ("</s>",),
+    "granite_docling": ("<|end_of_text|>",),
+    "gemma4": ("<eos>", "<turn|>"),
+    "gemma4_large": ("<eos>", "<turn|>"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), ("<|im_end|>", "<|endoftext|>")),
+    "internvl": ("<|im_end|>",),
+}
 
 
 def build(name: str, folder: Path, corpus: Sequence[str]) -> None:
@@ -524,5 +543,11 @@ def build(name: str, folder: Path, corpus: Sequence[str]) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.03 * torch.randn_like(parameter)
+    tokenizer = processor.tokenizer
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in ENDS[name]],
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -5,6 +5,7 @@ Tolerance 1e-10 relative: sums run in another order over rows of another length,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import random
@@ -23,6 +24,7 @@ from vlmtune.batching import masks as masks_module
 from vlmtune.batching.collator import BaseVLMDataCollator, SharedImageCollator
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.models.families import FAMILIES
+from vlmtune.models.family import attention_window
 from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_processor
 from vlmtune.training import image_reuse, shared_rows
@@ -55,11 +57,16 @@ def processor(checkpoint, family_dir):
 
 @pytest.fixture(scope="module")
 def float64_model(checkpoint, family, family_dir):
+    with in_float64(family, family_dir(checkpoint)) as model:
+        yield model
+
+
+@contextlib.contextmanager
+def in_float64(family, folder):
     """The family's tiny model in float64 with images that matter and norms that are not all one."""
     import transformers
 
-    patch = pytest.MonkeyPatch()
-    model = getattr(transformers, family.model_class).from_pretrained(family_dir(checkpoint), dtype=torch.float64)
+    model = getattr(transformers, family.model_class).from_pretrained(folder, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,13 +80,13 @@ def float64_model(checkpoint, family, family_dir):
             module.forward = types.MethodType(own, module)
         if type(module).__name__ == "Gemma4VisionPooler":
             module.forward = functools.partial(_pooled_in_float64, module.forward)
+    install_supervised_loss(model)
     # The rotary positions of some towers do, too.
     source = sys.modules[type(model).__module__]
-    if hasattr(source, "apply_rotary_pos_emb_vision"):
-        patch.setattr(source, "apply_rotary_pos_emb_vision", _rotated_in_float64)
-    install_supervised_loss(model)
-    yield model.eval()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(source, "apply_rotary_pos_emb_vision"):
+            patch.setattr(source, "apply_rotary_pos_emb_vision", _rotated_in_float64)
+        yield model.eval()
 
 
 def _gemma_norm_in_float64(self, x):
@@ -109,7 +116,7 @@ def _rotated_in_float64(q, k, cos, sin):
     return q * cos + half(q) * sin, k * cos + half(k) * sin
 
 
-def _in_float64(encoder):
+def _pixels_in_float64(encoder):
     """The encoder, whose pixels are as precise as the model."""
     made = copy.copy(encoder)
     made.images = lambda sample: {
@@ -210,10 +217,10 @@ def test_shared_equals_separate(case, float64_model, processor, image_folder, fa
 
 def test_cases_pass_the_sliding_window(float64_model, processor, image_folder, family) -> None:
     """The cases above are no proof of the window unless rows and samples are longer than it."""
-    if not family.sliding_window:
+    window, _ = attention_window(float64_model.config.get_text_config())
+    if not window:
         pytest.skip("no layer of this family has a window")
     rows = make_rows(image_folder, CASES["five captions"])
-    window = float64_model.config.get_text_config().sliding_window
     alone = BaseVLMDataCollator(processor, family)(rows)
     assert alone["attention_mask"].sum(1).min() > window
 
@@ -315,7 +322,7 @@ def test_cached_features_equal_recomputed(float64_model, processor, image_folder
     cache = FeatureCache(tmp_path, {"family": family.name})
     for number in range(4):
         sample = Sample("x", (ImageRef(str(image_folder / f"{number}.jpg")),), ())
-        (features,) = image_reuse._features(float64_model, _in_float64(plain.encoder), list(sample.images))
+        (features,) = image_reuse._features(float64_model, _pixels_in_float64(plain.encoder), list(sample.images))
         cache.put(f"k{number}", features)
     cache.flush()
     cached = SharedImageCollator(processor, family, cache=FeatureCache(tmp_path, {"family": family.name}))(rows)
@@ -331,12 +338,12 @@ def test_cached_features_equal_recomputed(float64_model, processor, image_folder
 def test_a_wrong_mask_is_noticed(
     mutation, float64_model, processor, image_folder, family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if mutation == "window by index" and not family.sliding_window:
+    if mutation == "window by index" and not attention_window(float64_model.config.get_text_config())[0]:
         pytest.skip("no layer of this family has a window")
     looks_forward = family.attention == "image_block" and family.block_layers(float64_model.config)
     if mutation == "image not bidirectional" and not looks_forward:
         pytest.skip("no image of this family looks forward")
-    if mutation == "one axis" and family.positions != "multi_axis":
+    if mutation == "one axis" and family.positions_of is None:
         pytest.skip("positions of this family have one axis")
     rows = make_rows(image_folder, CASES["five captions"])
     true_masks = masks_module.tree_masks

@@ -16,6 +16,7 @@ import transformers
 from families.builders import VARIANTS
 from PIL import Image
 from torch import nn
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from vlmtune.batching.collator import BaseVLMDataCollator, join_images
 from vlmtune.batching.encode import Encoder
@@ -85,7 +86,7 @@ def collator(processor, family):
 
 
 def can_take(checkpoint: str, name: str) -> bool:
-    """Whether the checkpoint's template, or the family, can say the conversation with nothing changed by later turns."""
+    """Whether family and template can say the conversation, with nothing changed by later turns."""
     images, turns = CONVERSATIONS[name]
     if checkpoint == "paligemma":
         return bool(images) and len(turns) == 1
@@ -154,7 +155,9 @@ class TestTokens:
         assert encoder.prompt(sample).input_ids == prompt == expected[: len(prompt)]
 
     @pytest.mark.parametrize("name", CONVERSATIONS)
-    def test_answers_and_their_ends_are_supervised(self, name, checkpoint, family, encoder, processor, image_folder) -> None:
+    def test_answers_and_their_ends_are_supervised(
+        self, name, checkpoint, family, encoder, processor, image_folder
+    ) -> None:
         if not can_take(checkpoint, name):
             return
         encoded = encoder(make_sample(name, image_folder))
@@ -175,11 +178,15 @@ class TestTokens:
         found = ids.count(bos) if bos != encoder.turn_end_id else ids.index(bos) == 0
         assert (found if bos is not None else 0) == int(family.bos)
 
-    def test_terminators_are_in_the_vocabulary(self, family, encoder, processor) -> None:
+    def test_generation_stops_where_the_published_model_does(self, family, encoder, ours, processor) -> None:
         vocabulary = processor.tokenizer.get_vocab()
         assert encoder.turn_end == family.turn_end == family.terminators[0]
         assert family.turn_end in vocabulary
-        assert processor.tokenizer.eos_token in family.terminators or family.name == "gemma3"
+        stops = AnswerGenerator(ours, processor, GenerationArguments()).terminators
+        published = ours.generation_config.eos_token_id
+        published = set(published if isinstance(published, list) else [published])
+        tokenizer = processor.tokenizer
+        assert published <= stops <= published | {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     def test_image_token_is_the_models(self, family, ours, processor) -> None:
         token = getattr(ours.config, family.image_token_attribute)
@@ -226,6 +233,33 @@ class TestTokens:
         ref = ImageRef(str(tmp_path / "a.jpg"))
         sample = Sample("a", (ref,), (Message.make("user", "What?", images=1), Message.make("assistant", "red")))
         assert encoder(sample, pixels=False).input_ids == encoder(sample).input_ids
+
+    @pytest.mark.parametrize("name", CONVERSATIONS)
+    def test_positions_are_the_models(self, name, checkpoint, family, encoder, ours, processor, image_folder) -> None:
+        if not can_take(checkpoint, name):
+            return
+        encoded = encoder(make_sample(name, image_folder))
+        assert bool(encoded.axes) == hasattr(ours.model, "get_rope_index")
+        if not encoded.axes:
+            return
+        ids, types = torch.tensor([encoded.input_ids]), torch.tensor([encoded.token_type_ids])
+        grids = encoded.image_inputs.get("image_grid_thw")
+        expected, _ = ours.model.get_rope_index(ids, image_grid_thw=grids, mm_token_type_ids=types)
+        assert torch.equal(torch.tensor(encoded.axes), expected[:, 0])
+
+    @pytest.mark.parametrize("name", ["one image", "three images"])
+    def test_the_model_is_given_what_the_processor_gives(
+        self, name, checkpoint, family, collator, processor, image_folder
+    ) -> None:
+        if not can_take(checkpoint, name):
+            return
+        given = official(family, processor, name, image_folder)
+        batch = collator([make_sample(name, image_folder).to_row()])
+        assert batch.keys() - {"labels"} == given.keys() - {"labels"}
+        assert all(torch.equal(batch[key], torch.as_tensor(given[key])) for key in family.image_inputs)
+        if name == "three images":
+            by_sample = given["pixel_values"].shape[0] == 1
+            assert by_sample == (family.image_axis == 1)
 
 
 TEXT_HIDDEN = 64
@@ -277,11 +311,15 @@ class TestTraining:
     """Gradients reach what is trained and nothing else, and the loss is the plain one."""
 
     def test_parts_cover_every_parameter(self, family, ours) -> None:
+        assert family.parts.keys() == {"language", "projector", "vision", "head"}
+        assert all(list(ours.get_submodule(place).parameters()) for place in family.parts.values())
         places = tuple(place + "." for place in family.parts.values())
         places += tuple(name + "." for name in family.unused(ours.config))
         outside = {name for name, _ in ours.named_parameters() if not name.startswith(places)}
         assert outside == set(family.projector_parameters)
-        assert type(ours).__name__ == family.model_class
+        assert ours.get_submodule(family.parts["head"]) is ours.get_output_embeddings()
+        chosen = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(ours.config)]
+        assert type(ours).__name__ == family.model_class == chosen.__name__
 
     @pytest.mark.parametrize("scope", ["language", "projector", "vision"])
     def test_lora_targets_are_all_linear_layers(self, scope, checkpoint, family, ours) -> None:

@@ -26,6 +26,7 @@ from vlmtune.batching.encode import EncodedSample, Encoder
 from vlmtune.config import GenerationArguments
 from vlmtune.data.sample import Sample
 from vlmtune.models.families import get_family
+from vlmtune.models.family import Family
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,7 @@ class AnswerGenerator:
         self.share = share and self.family.sharing
         self.encoder = Encoder(processor, self.family, max_pixels=max_pixels)
         self.device = next(model.parameters()).device
-        tokenizer = processor.tokenizer
-        known = {tokenizer.convert_tokens_to_ids(token) for token in self.family.terminators}
-        self.terminators = frozenset(known - {tokenizer.unk_token_id, None})
+        self.terminators = terminators(processor, self.family)
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Answer]:
@@ -269,6 +268,12 @@ class AnswerGenerator:
         kept = tokens if end is None else tokens[:end]
         text = self.processor.tokenizer.decode(kept, skip_special_tokens=True).strip()
         return Answer(text, end is not None, len(kept) + (end is not None), seconds)
+
+
+def terminators(processor: Any, family: Family) -> frozenset[int]:
+    """Ids of the tokens on which a family's models stop, those that the tokenizer has."""
+    vocabulary = processor.tokenizer.get_vocab()
+    return frozenset(vocabulary[token] for token in family.terminators if token in vocabulary)
 
 
 def blocks_of(prompts: Sequence[Prompt], most: int) -> Iterator[list[list[int]]]:

@@ -28,7 +28,7 @@ from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import AdapterError, ModelError, OutputError
 from vlmtune.evaluation.drawn import drawn_sample
-from vlmtune.evaluation.generation import AnswerGenerator
+from vlmtune.evaluation.generation import AnswerGenerator, terminators
 from vlmtune.models.checkpoint import adapter_base, is_adapter_dir, saved_quantization
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_model_for_inference
@@ -256,12 +256,6 @@ class _Comparison:
             logits = model(**given, use_cache=False, logits_to_keep=POSITIONS).logits
             found.append(logits[0].float().cpu())
         return found
-
-
-def terminators(processor: Any, family: Any) -> set[int]:
-    """Ids of the tokens on which a family's models stop."""
-    tokenizer = processor.tokenizer
-    return {tokenizer.convert_tokens_to_ids(token) for token in family.terminators} - {tokenizer.unk_token_id, None}
 
 
 def _write_generation_config(base: str, folder: Path, processor: Any) -> None:

@@ -42,6 +42,17 @@ def every_layer(config: Any) -> Collection[str]:
     return ("full_attention", "sliding_attention")
 
 
+def attention_window(text_config: Any) -> tuple[int | None, bool]:
+    """The window of a language model's attention, in positions, and whether some of its layers only have it.
+
+    It is the checkpoint's and not the family's: LLaVA-NeXT's Mistral may have one, and its Vicuna has none.
+    """
+    kinds = getattr(text_config, "layer_types", None) or ()
+    in_some = "sliding_attention" in kinds
+    window: int | None = getattr(text_config, "sliding_window", None) if in_some or not kinds else None
+    return window, in_some
+
+
 def class_image_options(processor: Any) -> Mapping[str, Any]:
     """What the processor's class says, such as that the grid of an image's tiles be returned."""
     return dict(getattr(type(processor), "images_kwargs", None) or {})
@@ -66,8 +77,6 @@ class Family:
             has no linear layers: it is then trained in full and saved with the adapter.
         attention: which tokens of a prompt see each other: ``causal``, or ``image_block`` (causal, and in
             ``block_layers`` every image's tokens see each other), or ``prefix`` (the whole prompt sees itself).
-        sliding_window: some layers attend over a window, counted in positions.
-        positions: ``single`` (0..n-1) or ``multi_axis`` (time, height, width).
         turn_end: the token with which the chat template closes an assistant turn; supervised.
         terminators: tokens on which generation stops, ``turn_end`` among them.
         bos: a rendered conversation holds exactly one BOS token.
@@ -87,7 +96,8 @@ class Family:
         projector_parameters: parameters outside all parts that are trained with the projector.
         sized: an image's number of soft tokens depends on its size.
         layout: what the processor counts soft tokens from, made from sizes alone, so that no image is decoded for it.
-        positions_of: for ``multi_axis``, the positions of one sample's tokens.
+        positions_of: the positions of one sample's tokens on each axis (time, height, width); none where they are
+            0..n-1.
         closes_turn: the published chat template writes ``turn_end``; where it does not, the encoder does.
         render: for families without a chat template, the text of a conversation.
         attn_implementation: attention code by default; none where transformers' own choice is the only one that all
@@ -108,8 +118,6 @@ class Family:
     parts: Mapping[Part, str]
     lora_targets: Mapping[Scope, tuple[str, ...]]
     attention: Literal["causal", "image_block", "prefix"]
-    sliding_window: bool
-    positions: Literal["single", "multi_axis"]
     turn_end: str
     terminators: tuple[str, ...]
     bos: bool

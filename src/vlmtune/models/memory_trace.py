@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from vlmtune.errors import ModelError
-from vlmtune.models.family import Family
+from vlmtune.models.family import Family, attention_window
 from vlmtune.models.provenance import base_model
 
 # Called with (hidden (N, H), targets (N,), head); gives the summed loss.
@@ -176,7 +176,7 @@ def _hidden_states(base: Any, family: Family, batch: Batch, features_ILH: Tensor
     language = base.get_submodule(family.parts["language"])
     found: Tensor = language(
         inputs_embeds=embeds_BLH,
-        attention_mask=masks if family.sliding_window else masks["full_attention"],
+        attention_mask=masks if attention_window(base.config.get_text_config())[1] else masks["full_attention"],
         position_ids=torch.empty(batch.samples, length, dtype=torch.long, device="meta"),
         use_cache=False,
     )[0]

@@ -43,6 +43,8 @@ def as_markdown() -> str:
 def _reasons() -> list[str]:
     without = [family for family in FAMILIES.values() if not family.sharing]
     reasons = [f"{family.name} shares no image between texts: {family.sharing_reason}." for family in without]
+    uncached = [family for family in FAMILIES.values() if not family.feature_cache]
+    reasons += [f"{family.name} keeps no image features: {family.cache_reason}." for family in uncached]
     refused = [family for family in FAMILIES.values() if family.refused_dtypes]
     reasons += [f"{model_type} is not taken: {why}." for model_type, why in REFUSED.items()]
     reasons += [f"{f.name} in {dtype}: {why}." for f in refused for dtype, why in f.refused_dtypes.items()]
@@ -52,15 +54,19 @@ def _reasons() -> list[str]:
 def _facts() -> list[str]:
     lines = []
     for family in FAMILIES.values():
-        attention = {"causal": "causal", "image_block": "causal, image tokens see each other", "prefix": "prompt whole"}
+        attention = {
+            "causal": "causal",
+            "image_block": "causal, an image's tokens see each other",
+            "prefix": "prompt whole",
+        }
         lines += [
             f"## {family.name}",
             "",
             f"- Class: `{family.model_class}`, `{family.processor_class}`; "
             f"`model_type` {', '.join(family.model_types)}.",
-            f"- Attention: {attention[family.attention]}{'; some layers have a window' * family.sliding_window}.",
+            f"- Attention: {attention[family.attention]}.",
             f"- Image tokens: {'by the image size' if family.sized else 'as many for every image'}; "
-            f"positions on {'three axes' if family.positions == 'multi_axis' else 'one axis'}.",
+            f"positions on {'three axes' if family.positions_of else 'one axis'}.",
             f"- An answer ends in `{family.turn_end}`; generation stops at "
             f"{', '.join(f'`{token}`' for token in family.terminators)}.",
             f"- Paper: {family.paper}. Licence: {family.licence}. Facts from `{family.source}`.",

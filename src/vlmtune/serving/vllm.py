@@ -16,7 +16,7 @@ from vlmtune.config import AdapterArguments, BaseModelArguments, GenerationArgum
 from vlmtune.config.serving import ServeArguments
 from vlmtune.errors import AdapterError, ConfigError, EvaluationError, MissingDependencyError
 from vlmtune.evaluation.command import load
-from vlmtune.evaluation.merging import terminators
+from vlmtune.evaluation.generation import terminators
 from vlmtune.models.checkpoint import adapter_base, is_adapter_dir
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_config, load_processor

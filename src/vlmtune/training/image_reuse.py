@@ -121,7 +121,7 @@ def check_row_limits(
 def why_not_cached(model: Any, family: Family) -> str | None:
     """Return why image features cannot be kept, or ``None``: they must not change while the model is trained."""
     if not family.feature_cache:
-        return f"{family.name} does not take prepared image features"
+        return f"{family.name} does not take prepared image features: {family.cache_reason}"
     base = base_model(model)
     for part in ("vision", "projector"):
         place = family.parts[part]
@@ -256,7 +256,7 @@ def cache_ahead(
     family = get_family(model)
     cache = open_feature_cache(model, family, processor, data_args)
     if cache is None:
-        raise ConfigError(f"Image features of {family.name} cannot be kept: it does not take prepared ones.")
+        raise ConfigError(f"Image features of {family.name} cannot be kept: {family.cache_reason}.")
     encoder = Encoder(processor, family, max_pixels=data_args.max_pixels)
     computed = fill_feature_cache(cache, model, encoder, *sets, progress=progress)
     return (

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlmtune.batching.encode import Encoder
 from vlmtune.batching.masks import prepared, tree_masks
 from vlmtune.data.sample import ImageRef, Sample
-from vlmtune.models.family import Family
+from vlmtune.models.family import Family, attention_window
 
 
 @dataclass
@@ -46,17 +46,18 @@ def shared_row_inputs(family: Family, model: nn.Module, inputs: dict[str, Any]) 
     layout = inputs.pop("layout", None)
     if layout is None:
         return made
+    window, in_some_layers = attention_window(text_config)
     masks = tree_masks(
         layout,
         inputs["position_ids"],
         block_layers=family.block_layers(config) if family.attention == "image_block" else (),
-        sliding_window=text_config.sliding_window if family.sliding_window else None,
+        sliding_window=window,
     )
     masks = prepared(masks, text_config._attn_implementation, next(model.parameters()).dtype)
     axes = inputs.pop("axes", None)
     if axes is not None:
         made["position_ids"] = axes
-    made["attention_mask"] = masks if family.sliding_window else masks["full_attention"]
+    made["attention_mask"] = masks if in_some_layers else masks["sliding_attention" if window else "full_attention"]
     return made
 
 
@@ -65,7 +66,9 @@ def _encoder_outputs(family: Family, features: list[torch.Tensor], hidden: int) 
 
     Shapes of the features: (tokens, hidden * (1 + deeper layers)) for each image.
     """
-    layers = [list(layer) for layer in zip(*(feature.split(hidden, dim=-1) for feature in features), strict=True)]
+    layers = [
+        list(layer) for layer in zip(*(torch.split(feature, hidden, dim=-1) for feature in features), strict=True)
+    ]
     own: Any = layers[0]
     if not family.features_listed:
         own = torch.cat(own)[None] if family.sized else torch.stack(own)

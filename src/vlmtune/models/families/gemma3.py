@@ -21,8 +21,6 @@ GEMMA3 = Family(
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },
     attention="image_block",
-    sliding_window=True,
-    positions="single",
     turn_end="<end_of_turn>",
     terminators=("<end_of_turn>", "<eos>"),
     bos=True,

@@ -18,7 +18,9 @@ def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
     counts = []
     for size in sizes:
         height, width = get_aspect_ratio_preserving_size(
-            *size, patch_size=images.patch_size, max_patches=images.max_soft_tokens * pooled**2,
+            *size,
+            patch_size=images.patch_size,
+            max_patches=images.max_soft_tokens * pooled**2,
             pooling_kernel_size=pooled,
         )
         counts.append((height // images.patch_size) * (width // images.patch_size) // pooled**2)
@@ -61,8 +63,6 @@ GEMMA4 = Family(
     },
     attention="image_block",
     block_layers=block_layers,
-    sliding_window=True,
-    positions="single",
     turn_end="<turn|>",
     terminators=("<turn|>", "<eos>"),
     bos=True,

@@ -43,8 +43,6 @@ GRANITE_DOCLING = Family(
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },
     attention="causal",
-    sliding_window=False,
-    positions="single",
     turn_end="<|end_of_text|>",
     terminators=("<|end_of_text|>",),
     bos=False,

@@ -33,8 +33,6 @@ IDEFICS3 = Family(
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },
     attention="causal",
-    sliding_window=False,
-    positions="single",
     turn_end="<end_of_utterance>",
     terminators=("<end_of_utterance>", "<|im_end|>"),
     bos=True,

@@ -32,8 +32,6 @@ INTERNVL = Family(
         "vision": ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"),
     },
     attention="causal",
-    sliding_window=False,
-    positions="single",
     turn_end="<|im_end|>",
     terminators=("<|im_end|>", "<|endoftext|>"),
     bos=False,

@@ -45,8 +45,6 @@ LLAVA = Family(
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },
     attention="causal",
-    sliding_window=False,
-    positions="single",
     # The published chat template leaves answers open; LLaVA was trained with Vicuna's "ASSISTANT: answer</s>"
     # (github.com/haotian-liu/LLaVA, llava/conversation.py, conv_vicuna_v1). The others are of other language models.
     turn_end="</s>",

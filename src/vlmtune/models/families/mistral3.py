@@ -58,8 +58,6 @@ MISTRAL3 = Family(
         "vision": ATTENTION_AND_MLP,
     },
     attention="causal",
-    sliding_window=False,
-    positions="single",
     turn_end="</s>",
     terminators=("</s>",),
     bos=True,

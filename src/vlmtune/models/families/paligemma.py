@@ -50,8 +50,6 @@ PALIGEMMA = Family(
         "vision": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     },
     attention="prefix",
-    sliding_window=False,
-    positions="single",
     turn_end="<eos>",
     terminators=("<eos>",),
     bos=True,

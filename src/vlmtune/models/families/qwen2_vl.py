@@ -68,8 +68,6 @@ QWEN2_VL = Family(
         "vision": ("qkv", "proj", "fc1", "fc2"),
     },
     attention="causal",
-    sliding_window=False,
-    positions="multi_axis",
     turn_end="<|im_end|>",
     terminators=("<|im_end|>", "<|endoftext|>"),
     bos=False,
