@@ -22,9 +22,11 @@ def write_evaluation(folder: Path, predictions: list[Prediction], **record: obje
     lines = [json.dumps({**vars(prediction)}) for prediction in predictions]
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     record = {key: str(value) if isinstance(value, Path) else value for key, value in record.items()}
-    scores = {"metrics": score(predictions, ["exact_match"]).table, "ended_by_terminator": 1.0} | record
+    scores = {"metrics": score(predictions, ["exact_match"]).table, "ended_by_terminator": 1.0}
+    scores |= {"source": "some data, split test"} | record
     (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
-    (folder / "settings.json").write_text(json.dumps({"model": str(record.get("model", "m")), "data": "d"}))
+    settings = {"model": str(record.get("model", "m")), "data": "d", "generation": {"temperature": 0.0}}
+    (folder / "settings.json").write_text(json.dumps(settings))
 
 
 def write_run(folder: Path, **options: object) -> None:
@@ -35,11 +37,14 @@ def write_run(folder: Path, **options: object) -> None:
         "hardware": {"processor": "a processor", "cores": 2},
         "arguments": {"model": {"use_lora": True, "lora_r": 8}, "training": {"learning_rate": 1e-3} | options},
         "data": {"train": {"samples": 1234}},
+        "model": {"parameters": {"all": {"total": 3658560, "trainable": 442368}}},
         "metrics": {"train_loss": 0.5, "training_seconds": 12.0},
     }
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    log = [{"loss": 2.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0, "step": step} for step in range(1, 5)]
-    log.append({"eval_loss": 0.7, "eval_cider": 0.9, "eval_runtime": 3.0, "step": 4})
+    given = {"learning_rate": 1e-3, "grad_norm": 1.0, "peak_memory_gib": 1.5}
+    log = [given | {"loss": 2.0 / step, "step": step} for step in range(1, 5)]
+    scores = {"eval_loss": 0.7, "eval_cider": 0.9, "eval_exact_match": 0.5, "eval_answers": 200}
+    log.append(scores | {"eval_runtime": 3.0, "eval_answer_seconds": 2.0, "step": 4})
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"loss": 1.', encoding="utf-8")
 
 

@@ -57,6 +57,10 @@ def text_of(html: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
+def boxes_in(html: str) -> list[dict[str, str | None]]:
+    return Tags("".join(re.findall(r'<g class="box.*?</g>', html, re.DOTALL))).all("rect")
+
+
 class TestContent:
     """What is on it."""
 
@@ -105,8 +109,18 @@ class TestContent:
         said = text_of(html)
         for title in ("Loss", "Learning rate", "Gradient norm", "Scores during training"):
             assert f"Chart of {title} over the steps" in html
+        assert "Chart of Peak memory so far, GiB over the steps: memory goes from 1.5 to 1.5." in html
+        # A metric of its own scale has a chart of its own, and how many answers were scored is no score.
+        assert "Chart of cider during training over the steps: cider goes from 0.9 to 0.9." in html
+        assert "Scores during training over the steps: exact_match goes from 0.5 to 0.5." in html
         assert "LoRA, rank 8" in said and "1,234" in said and "a processor, 2 cores" in said
+        assert "442,368 of 3,658,560 (12.09 %)" in said
         assert "runtime" not in html
+
+    def test_how_it_was_evaluated(self, demo_page: str) -> None:
+        said = text_of(demo_page)
+        assert "How it was evaluated base" in said and "the likeliest token each time" in said
+        assert "some data, split test" in said and "4.0 s, 100.0 ms an answer" in said
 
     def test_every_picture_and_chart_has_words(self, demo_page: str) -> None:
         tags = Tags(demo_page)
@@ -148,14 +162,39 @@ class TestContent:
 
     def test_boxes_are_drawn(self, tmp_path: Path, pictures: Path) -> None:
         row = make_predictions(pictures, set(), 1)[0]
-        box = Prediction(**vars(row) | {"references": ("[5, 5, 30, 30]",), "answer": "[0, 0, 20, 20]"})
-        # Two questions about one picture show their own boxes.
-        other = Prediction(**vars(box) | {"id": "other", "answer": "[2, 2, 9, 9]"})
+        box = Prediction(**vars(row) | {"references": ("[5, 5, 30, 30]",), "answer": "It is at [0, 0, 20, 20]."})
+        # Two questions about one picture show their own boxes; an empty one is not drawn.
+        other = Prediction(**vars(box) | {"id": "other", "answer": "[9, 2, 2, 9]"})
         write_evaluation(tmp_path / "boxes", [box, other])
-        assert len({one["src"] for one in Tags(page_of(tmp_path / "boxes")).all("img")}) == 2
+        html = page_of(tmp_path / "boxes")
+        drawn = [[float(one[key]) for key in ("x", "y", "width", "height")] for one in boxes_in(html)]
+        assert sorted(drawn) == [[0, 0, 20, 20], [5, 5, 25, 25], [5, 5, 25, 25]]
+        assert html.count('class="box box-reference"') == 2 and html.count('class="box box-0"') == 1
+        assert "Their numbers are read as pixels of the image." in text_of(html)
         write_evaluation(tmp_path / "none", [row])
-        found = [Tags(page_of(tmp_path / name)).all("img")[0]["src"] for name in ("boxes", "none")]
-        assert found[0] != found[1]
+        assert not boxes_in(page_of(tmp_path / "none"))
+
+    def test_labelled_boxes(self, tmp_path: Path, pictures: Path) -> None:
+        row = make_predictions(pictures, set(), 1)[0]
+        wanted = '[{"bbox": [100, 100, 500, 500], "label": "dog"}, {"bbox": [600, 0, 900, 999], "label": "<b>cat"}]'
+        one = Prediction(**vars(row) | {"references": (wanted,), "answer": "none"})
+        write_evaluation(tmp_path / "boxes", [one], metrics={"map": {}})
+        html = page_of(tmp_path / "boxes")
+        # The picture is 40 x 60, and the boxes do not fit into it.
+        assert [float(box["x"]) for box in boxes_in(html)] == [4, 24]
+        assert "read as thousandths of the image" in text_of(html) and "&lt;b&gt;cat</text>" in html
+
+    def test_answers_that_were_cut(self, tmp_path: Path, pictures: Path) -> None:
+        rows = make_predictions(pictures, {1}, ended=False)
+        write_evaluation(tmp_path / "e", [*rows[:1], *make_predictions(pictures, {1})[1:]])
+        assert page_of(tmp_path / "e").count("[cut]") == 1
+
+    def test_a_note_is_said_once(self, tmp_path: Path, pictures: Path) -> None:
+        rows = make_predictions(pictures, {1}, answer="a **red** shape")
+        for name in ("base", "tuned"):
+            write_evaluation(tmp_path / "e" / name, rows, metrics={"rouge_l": {}, "bleu1": {}})
+        note = "Markdown was dropped from 40 of 40 answers (base: rouge_l, bleu1; tuned: rouge_l, bleu1)"
+        assert note in text_of(page_of(tmp_path / "e"))
 
 
 class TestSafety:
@@ -180,7 +219,7 @@ class TestSafety:
         html = demo_page
         tags = Tags(html)
         policy = next(one["content"] for one in tags.all("meta") if one.get("http-equiv"))
-        script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
+        script = re.search(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
         addresses = [one[key] for _, one in tags.found for key in ("src", "href", "xlink:href") if one.get(key)]

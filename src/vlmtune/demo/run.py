@@ -109,7 +109,7 @@ def _generator(model_path: str) -> AnswerGenerator:
 
 
 def _score(generator: AnswerGenerator, name: str, data: LoadedData, folder: Path, progress: Any) -> Evaluation:
-    return evaluate(generator, data.dataset, METRICS, folder, name=name, progress=progress)
+    return evaluate(generator, data.dataset, METRICS, folder, name=name, progress=progress, source=data.source)
 
 
 def _shown(found: Comparison) -> list[tuple[Prediction, Prediction]]:

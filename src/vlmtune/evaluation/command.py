@@ -73,7 +73,7 @@ def run_evaluation(
     generator = AnswerGenerator(model, processor, evaluation_args, max_pixels=data_args.max_pixels)
     name = adapter_args.adapter or model_args.model_name_or_path
     how: dict[str, Any] = {"name": str(name), "progress": progress, "choose_by": evaluation_args.choose_by}
-    found = evaluate(generator, data.dataset, metrics, folder, **how)
+    found = evaluate(generator, data.dataset, metrics, folder, source=data.source, **how)
     lines = [format_table(found.table), f"Answers and scores are in {folder}."]
     if evaluation_args.honesty == "on":
         honesty = check_honesty(

@@ -59,6 +59,7 @@ def evaluate(
     progress: Progress | None = None,
     merge_equal: bool = True,
     choose_by: str = "likelihood",
+    source: str = "",
 ) -> Evaluation:
     """Answer every sample and score the answers; of several processes each answers its part.
 
@@ -71,6 +72,7 @@ def evaluate(
         progress: called after each block of answers.
         merge_equal: rows that ask the same and share their references are one sample.
         choose_by: ``likelihood`` or ``text``, where a question has lettered options.
+        source: where the data lies, for the record.
 
     Raises:
         OutputError: the folder holds another evaluation.
@@ -108,6 +110,7 @@ def evaluate(
     found = score([done[sample.id] for sample in samples], metrics)
     record = {
         "model": name,
+        **({"source": source} if source else {}),
         "samples": len(samples),
         "metrics": found.table,
         "ended_by_terminator": ended_share(found.predictions),

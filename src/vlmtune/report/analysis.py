@@ -141,6 +141,7 @@ def analyse(evaluations: Sequence[EvaluationRecord], metrics: Sequence[str] | No
             notes.append(f"{name}, a function of your own, is not computed here. Recorded: {values}.")
     scores: dict[str, list[Scores]] = {}
     percent: dict[str, bool] = {}
+    said: dict[str, dict[str, list[str]]] = {}
     for name in asked:
         try:
             found = [score(one, [name]) for one in answers]
@@ -150,7 +151,11 @@ def analyse(evaluations: Sequence[EvaluationRecord], metrics: Sequence[str] | No
         scores[name] = [one.scores[name] for one in found]
         percent[name] = get_metric(name).percent
         for label, one in zip((e.label for e in evaluations), found, strict=True):
-            notes += [f"{label}, {name}: {note}" for note in one.scores[name].notes]
+            for note in one.scores[name].notes:
+                said.setdefault(note, {}).setdefault(label, []).append(name)
+    for note, of in said.items():
+        where = "; ".join(f"{label}: {', '.join(names)}" for label, names in of.items())
+        notes.append(f"{note} ({where})")
     if not scores:
         raise EvaluationError(" ".join(notes))
     return Analysis([one.label for one in evaluations], answers, scores, percent, notes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.metadata import version
@@ -16,34 +15,13 @@ from vlmtune.errors import MissingDependencyError, OutputError
 from vlmtune.evaluation.honesty import verdicts
 from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.runner import SCORES
-from vlmtune.report.analysis import (
-    GROUPS,
-    Analysis,
-    Row,
-    analyse,
-    choose_samples,
-    confusion,
-    flips,
-    score_rows,
-    type_rows,
-)
-from vlmtune.report.charts import Dot, Line, Scale, interval_chart, line_chart
+from vlmtune.report.analysis import GROUPS, Analysis, Row, analyse, confusion, flips, score_rows, type_rows
+from vlmtune.report.charts import Dot, interval_chart
 from vlmtune.report.data import EvaluationRecord, Records, RunRecord, read_json, recipe_differences
-from vlmtune.report.pictures import Drawn, boxes_of, thumbnails
+from vlmtune.report.gallery import CARDS_AT_ONCE, gallery
+from vlmtune.report.record import curves, evaluated, facts
 
 GENERATOR = "vlmtune report"
-MOST_REFERENCES = 5
-# (title, entries of log.jsonl with their names on the chart, scale)
-CURVES: tuple[tuple[str, dict[str, str], Scale], ...] = (
-    ("Loss", {"loss": "training", "eval_loss": "evaluation"}, "plain"),
-    ("Learning rate", {"learning_rate": "learning rate"}, "from zero"),
-    ("Gradient norm", {"grad_norm": "gradient norm"}, "log"),
-    ("Samples and images per second", {"samples_per_second": "samples", "images_per_second": "images"}, "from zero"),
-    ("Supervised tokens per second", {"supervised_tokens_per_second": "tokens"}, "from zero"),
-    ("Share of time waiting for data", {"data_wait_share": "data wait"}, "share"),
-    ("Peak memory so far, GiB", {"peak_memory_gib": "memory"}, "from zero"),
-)
-_RUNTIME = ("runtime", "per_second", "loss", "epoch", "seconds")
 
 
 def write_report(records: Records, output: str | Path, *, title: str, differences: bool = False) -> Path:
@@ -91,10 +69,10 @@ def render(records: Records, *, title: str, differences: bool = False) -> str:
     template = environment.from_string((files / "report.html.j2").read_text(encoding="utf-8"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     evaluations = records.evaluations
-    content: dict[str, Any] = {"analysis": None, "honesty": None, "cards": [], "notes": []}
+    content: dict[str, Any] = {"analysis": None, "honesty": None, "cards": [], "notes": [], "evaluated": []}
     if evaluations:
         content |= _evaluation_part(evaluations)
-    curves = [(run.label, _curves(run)) for run in records.runs]
+    charts = [(run.label, [Markup(svg) for svg in curves(run)]) for run in records.runs]
     return str(
         template.render(
             title=title,
@@ -103,8 +81,9 @@ def render(records: Records, *, title: str, differences: bool = False) -> str:
             script=Markup(script),
             script_hash=Markup(digest),
             made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            runs=[_facts(run) for run in records.runs],
-            curves=[(label, [Markup(svg) for svg in charts]) for label, charts in curves if charts],
+            runs=[facts(run) for run in records.runs],
+            curves=[(label, drawn) for label, drawn in charts if drawn],
+            cards_at_once=CARDS_AT_ONCE,
             differences=_differences(records) if differences else None,
             groups={
                 key: name for key, name in GROUPS.items() if any(key in card["groups"] for card in content["cards"])
@@ -122,6 +101,7 @@ def _evaluation_part(evaluations: Sequence[EvaluationRecord]) -> dict[str, Any]:
     honesty = evaluations[-1].scores.get("honesty")
     several = len(evaluations) > 1
     shown = [0, len(evaluations) - 1] if several else [0]
+    shown_samples = gallery(analysis)
     return {
         "analysis": analysis,
         "labels": analysis.labels,
@@ -134,7 +114,10 @@ def _evaluation_part(evaluations: Sequence[EvaluationRecord]) -> dict[str, Any]:
         "types_chart": _types_chart(analysis.primary, types) if types else "",
         "honesty": _honesty(honesty) if honesty else None,
         "confusions": [found for place in shown if (found := confusion(analysis, place))],
-        "cards": _cards(analysis),
+        "cards": shown_samples.cards,
+        "boxes": shown_samples.boxes,
+        "wordy": shown_samples.wordy,
+        "evaluated": [evaluated(one) for one in evaluations],
         "flips": _flip_counts(analysis) if several else None,
         "notes": analysis.notes,
     }
@@ -223,6 +206,7 @@ def _honesty(honesty: Mapping[str, Any]) -> dict[str, Any]:
                     "value": number(values["value"], percent),
                     "model": number(values["model"], percent),
                     "gap": signed(gap, percent),
+                    "sure": _sure(gap, metric),
                     "n": entry["samples"],
                 }
             )
@@ -230,43 +214,14 @@ def _honesty(honesty: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "skipped": skipped,
         "verdicts": verdicts(honesty),
-        "ended": f"{honesty['ended_by_terminator']:.1%}".replace("%", " %"),
+        "ended": _ended(honesty["ended_by_terminator"]),
     }
 
 
-def _cards(analysis: Analysis) -> list[dict[str, Any]]:
-    chosen = choose_samples(analysis)
-    last, scores = analysis.answers[-1], analysis.scores[analysis.primary]
-    binary = all(set(one.per_sample[one.scored].tolist()) <= {0.0, 1.0} for one in scores)
-    wanted: dict[int, Drawn] = {}
-    for index in chosen:
-        texts = [last[index].references[0], *(answers[index].answer for answers in analysis.answers)]
-        if last[index].images:
-            wanted[index] = (last[index].images[0], boxes_of(texts))
-    pictures = thumbnails(wanted.values())
-    cards = []
-    for index, groups in chosen.items():
-        sample = last[index]
-        said = []
-        for label, answers, one in zip(analysis.labels, analysis.answers, scores, strict=True):
-            value = float(one.per_sample[index])
-            mark = "" if math.isnan(value) else ("right" if value else "wrong") if binary else f"{value:.2f}"
-            said.append({"label": label, "text": answers[index].answer, "mark": mark})
-        more = len(sample.references) - MOST_REFERENCES
-        cards.append(
-            {
-                "id": sample.id,
-                "groups": groups,
-                "picture": pictures.get(wanted[index]) if sample.images else None,
-                "image": Path(sample.images[0]).name if sample.images else "",
-                "more_images": max(0, len(sample.images) - 1),
-                "prompt": sample.prompt,
-                "references": list(dict.fromkeys(sample.references))[:MOST_REFERENCES],
-                "more": max(0, more) if len(set(sample.references)) > MOST_REFERENCES else 0,
-                "answers": said,
-            }
-        )
-    return cards
+def _ended(share: float) -> str:
+    if share == 1:
+        return "All answers ended by themselves."
+    return f"{share:.1%} of the answers ended by themselves; the others were cut at max_new_tokens.".replace("%", " %")
 
 
 def _flip_counts(analysis: Analysis) -> dict[str, int]:
@@ -276,84 +231,6 @@ def _flip_counts(analysis: Analysis) -> dict[str, int]:
         "worse": sum(flip.change < 0 for flip in found),
         "same": len(analysis.answers[-1]) - len(found),
     }
-
-
-def _curves(run: RunRecord) -> list[str]:
-    charts: list[str] = []
-    known = {key for _, keys, _ in CURVES for key in keys}
-    generated = {
-        key: key.removeprefix("eval_")
-        for entry in run.log
-        for key in entry
-        if key.startswith("eval_") and key not in known and not key.endswith(_RUNTIME)
-    }
-    for title, keys, scale in (*CURVES, ("Scores during training", generated, "plain")):
-        lines = []
-        for key, name in keys.items():
-            points = [
-                (entry["step"], entry[key]) for entry in run.log if _is_number(entry.get(key)) and "step" in entry
-            ]
-            if points:
-                lines.append(Line(name, points))
-        if lines:
-            charts.append(line_chart(title, lines, scale=scale))
-    return charts
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _facts(run: RunRecord) -> dict[str, Any]:
-    record = run.record
-    arguments = {name: group for name, group in record.get("arguments", {}).items() if isinstance(group, Mapping)}
-    options = {key: value for group in arguments.values() for key, value in group.items()}
-    model, data, metrics = (record.get(name) or {} for name in ("model", "data", "metrics"))
-    train = data.get("train") or {}
-    hardware = record.get("hardware") or {}
-    machine = [*(hardware.get("gpus") or []), f"{hardware.get('processor', '?')}, {hardware.get('cores', '?')} cores"]
-    if "memory_gib" in hardware:
-        machine.append(f"{hardware['memory_gib']} GiB memory")
-    seconds = metrics.get("training_seconds")
-    facts = {
-        "Model": model.get("name") or options.get("model_name_or_path"),
-        "Family": model.get("family"),
-        "Method": _method(options) if options else None,
-        "Data": options.get("dataset_path"),
-        "Training samples": _thousands(train.get("samples")),
-        "Left out": _thousands(train.get("left_out")),
-        "Supervised tokens": _thousands(train.get("supervised_tokens")),
-        "Epochs": options.get("num_train_epochs"),
-        "Batch size": options.get("per_device_train_batch_size"),
-        "Learning rate": options.get("learning_rate"),
-        "Training time": f"{seconds:,.0f} s" if _is_number(seconds) else None,
-        "Final training loss": f"{metrics['train_loss']:.4f}" if _is_number(metrics.get("train_loss")) else None,
-        "Hardware": "; ".join(machine) if hardware else None,
-        "Status": record.get("status"),
-        "Date": record.get("updated"),
-    }
-    return {
-        "label": run.label,
-        "folder": str(run.folder),
-        "facts": {name: value for name, value in facts.items() if value not in (None, "")},
-        "arguments": {name: {k: _text(v) for k, v in group.items()} for name, group in arguments.items()},
-        "versions": record.get("versions") or {},
-    }
-
-
-def _method(options: Mapping[str, Any]) -> str:
-    if not options.get("use_lora", True):
-        return f"full fine-tuning of {_text(options.get('train_parts'))}"
-    bits = next((f" on {b} bits" for b, key in ((4, "use_4bit"), (8, "use_8bit")) if options.get(key)), "")
-    return f"LoRA, rank {options.get('lora_r')}, on {_text(options.get('lora_scopes'))}{bits}"
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _thousands(value: Any) -> str | None:
-    return f"{value:,}" if isinstance(value, int) else None
 
 
 def _differences(records: Records) -> dict[str, Any]:
