@@ -20,6 +20,10 @@ from vlmtune.models.overview import as_markdown
 GEMMA = FAMILIES["gemma3"]
 
 
+def _installed(packages) -> bool:
+    return bool(packages) and all(map(importlib.util.find_spec, packages))
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gemma", "gemma-3", "Gemma3", "GEMMA-3"])
 def test_by_name_or_alias(name) -> None:
     assert get_family(name) is GEMMA
@@ -60,7 +64,7 @@ def test_a_text_only_model_is_told_apart(text_config) -> None:
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_an_unknown_vision_language_model_is_not_called_text_only(as_dict) -> None:
     config = transformers.AyaVisionConfig()
-    with pytest.raises(UnsupportedModelError, match=r"aya_vision.*does not know yet.*gemma3") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"aya_vision.*does not know yet") as caught:
         get_family(config.to_dict() if as_dict else config)
     assert "no vision tower" not in str(caught.value)
 
@@ -136,12 +140,12 @@ def test_the_command_lists_every_family(capsys) -> None:
     assert main(["families", "--all"]) == 2
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", [name for name, (_, packages) in REFUSED.items() if not _installed(packages)])
 def test_a_refused_family_is_refused_with_the_reason(model_type) -> None:
     config = transformers.AutoConfig.for_model(model_type)
     with pytest.raises(UnsupportedModelError) as caught:
         get_family(config)
-    assert REFUSED[model_type] in str(caught.value) and model_type in str(caught.value)
+    assert REFUSED[model_type][0] in str(caught.value) and model_type in str(caught.value)
     assert model_type not in {kind for family in FAMILIES.values() for kind in family.model_types}
 
 

@@ -18,7 +18,7 @@ from parity import test_families as suite
 from vlmtune.batching.collator import BaseVLMDataCollator
 from vlmtune.batching.encode import Encoder
 from vlmtune.models.families import FAMILIES, get_family
-from vlmtune.models.family import every_layer, fixed_layout, nothing_unused
+from vlmtune.models.family import every_layer, fixed_layout, nothing_unused, unscaled
 from vlmtune.models.loading import load_model_for_training, load_processor
 
 CHECKPOINTS = {**{name: name for name in FAMILIES}, **VARIANTS}
@@ -134,6 +134,11 @@ class Check:
     def in_full(self) -> None:
         suite.TestTraining().test_parts_in_full(SCOPES, self.family, self.folder, self.collator, self.image_folder)
 
+    def loss(self) -> None:
+        suite.TestTraining().test_supervised_loss_is_the_dense_one(
+            self.checkpoint, self.family, self.folder, self.collator, self.image_folder
+        )
+
     def four_bit(self) -> None:
         suite.TestTraining().test_four_bit_only_in_the_language_model(
             self.family, self.folder, self.collator, self.image_folder
@@ -228,6 +233,7 @@ def _of_some_families(family) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"image_options": lambda processor: {}}, "given"
     if family.name == "granite_docling":
         yield {"image_options": lambda processor: {"fine_route": True}}, "soft_tokens"
+        yield {"logit_scale": unscaled}, "loss"
     if family.positions_of:
         yield {"positions_of": _one_axis}, "positions"
     if family.needs_token_type_ids:
@@ -255,7 +261,7 @@ def _of_some_families(family) -> Iterator[tuple[dict[str, Any], str]]:
 
 WRONG = [(name, wrong, check) for name in CHECKPOINTS for wrong, check in wrong_facts(name)]
 # What cannot be wrong: it is stated of nothing in the family, or says why something is not so.
-_STATED_WITH_ANOTHER = {"sharing_reason", "cache_reason", "feature_cache"}
+_STATED_WITH_ANOTHER = {"sharing_reason", "cache_reason", "feature_cache", "generic"}
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,8 @@ class Encoder:
             EncodingError: the family takes no image of such a size.
         """
         pictures = [decode(image, max_pixels=self.max_pixels) for image in sample.images]
-        self._layout(sample, [(picture.height, picture.width) for picture in pictures])
+        if not self.family.generic:
+            self._layout(sample, [(picture.height, picture.width) for picture in pictures])
         options = {**self.family.image_options(self.processor), "return_tensors": "pt"}
         return dict(self.processor.image_processor([pictures], **options))
 

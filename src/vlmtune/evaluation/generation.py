@@ -25,6 +25,7 @@ from vlmtune.batching.collator import join_images, pad
 from vlmtune.batching.encode import EncodedSample, Encoder
 from vlmtune.config import GenerationArguments
 from vlmtune.data.sample import Sample
+from vlmtune.evaluation.probe import require_sound
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
 
@@ -95,6 +96,7 @@ class AnswerGenerator:
         self.encoder = Encoder(processor, self.family, max_pixels=max_pixels)
         self.device = next(model.parameters()).device
         self.terminators = terminators(processor, self.family)
+        require_sound(model, processor, self.family)
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Answer]:

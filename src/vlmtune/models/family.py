@@ -22,6 +22,8 @@ Size = tuple[int, int]
 ImageOptions = Callable[[Any], Mapping[str, Any]]
 # (configuration) -> modules that the loss does not depend on.
 Unused = Callable[[Any], Sequence[str]]
+# (configuration) -> number by which the model multiplies its logits.
+LogitScale = Callable[[Any], float]
 # (configuration) -> kinds of attention layers in which the tokens of one image see each other.
 BlockLayers = Callable[[Any], Collection[str]]
 # (processor, sizes of the images) -> what the processor counts an image's soft tokens from.
@@ -35,6 +37,11 @@ Positions = Callable[[Any, Sequence[int], Mapping[str, Any]], list[list[int]]]
 def nothing_unused(config: Any) -> Sequence[str]:
     """For families where every weight reaches the loss."""
     return ()
+
+
+def unscaled(config: Any) -> float:
+    """For families whose logits are what the head gives."""
+    return 1.0
 
 
 def every_layer(config: Any) -> Collection[str]:
@@ -107,6 +114,8 @@ class Family:
         features_listed: the model takes prepared image features as a list, one tensor an image.
         block_layers: where ``attention`` is ``image_block``, the kinds of layers in which it is so.
         template_options: what the chat template is told, such as that the model answers without thinking aloud first.
+        logit_scale: number by which the model multiplies what its head gives.
+        generic: it is no known family's, but read off a checkpoint (``vlmtune.models.generic``).
         opening: what the chat template writes to open an answer and leaves out of an answer that is finished.
         paper, licence, source: provenance; ``source`` names the transformers file the facts are from.
     """
@@ -149,3 +158,5 @@ class Family:
     block_layers: BlockLayers = every_layer
     template_options: Mapping[str, Any] = field(default_factory=dict)
     opening: str = ""
+    logit_scale: LogitScale = unscaled
+    generic: bool = False

@@ -46,7 +46,7 @@ def _reasons() -> list[str]:
     uncached = [family for family in FAMILIES.values() if not family.feature_cache]
     reasons += [f"{family.name} keeps no image features: {family.cache_reason}." for family in uncached]
     refused = [family for family in FAMILIES.values() if family.refused_dtypes]
-    reasons += [f"{model_type} is not taken: {why}." for model_type, why in REFUSED.items()]
+    reasons += [f"{model_type} is not taken: {why}." for model_type, (why, _) in REFUSED.items()]
     reasons += [f"{f.name} in {dtype}: {why}." for f in refused for dtype, why in f.refused_dtypes.items()]
     return reasons
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from vlmtune.batching.collator import IGNORE_INDEX
+from vlmtune.models.families import get_family
 from vlmtune.models.provenance import base_model
 
 # Logits held at once: 2**26 float32 numbers are 256 MiB.
@@ -175,8 +176,7 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
     original = base.forward
     text_config = base.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
-    # Granite divides its logits; the same of the head's input is cheaper (modeling_granite.py).
-    divisor = getattr(text_config, "logits_scaling", None)
+    scale = get_family(base).logit_scale(base.config)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         sources = kwargs.pop("target_sources", None)
@@ -188,7 +188,7 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
         hidden_BLH = getattr(self, self.base_model_prefix)(*args, **kwargs, use_cache=False)[0]
         hidden_NH = hidden_BLH.flatten(0, 1)[sources]
         loss = chunked_cross_entropy(
-            hidden_NH / divisor if divisor else hidden_NH,
+            hidden_NH if scale == 1 else hidden_NH * scale,
             targets,
             self.get_output_embeddings(),
             weights_N=weights,

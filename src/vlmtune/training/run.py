@@ -38,6 +38,7 @@ from vlmtune.training.image_reuse import (
     with_image_keys,
 )
 from vlmtune.training.output_dir import prepare_output_dir
+from vlmtune.training.probe import require_trainable
 from vlmtune.training.ranks import fill_between_ranks
 from vlmtune.training.run_info import save_training_info
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
@@ -158,6 +159,7 @@ def run_training(
         answer_scorer=scorer,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
+    require_trainable(trainer.model, processor, family)
     if isinstance(collator, SharedImageCollator):
         sets = [dataset for dataset in (train_set, eval_set) if dataset is not None]
         collator.cache = _feature_cache(trainer, collator, data_args, sets, progress)

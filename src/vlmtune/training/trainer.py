@@ -77,7 +77,8 @@ class MemoryEfficientTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._fingerprint = base_fingerprint(self.model) if sharded else None
         base = base_model(self.model)
-        tower = (base.get_submodule(self.family.parts[part]) for part in ("vision", "projector"))
+        places = (place for part, place in self.family.parts.items() if part in ("vision", "projector"))
+        tower = (base.get_submodule(place) for place in places)
         self._tower_in_step = sharded or any(p.requires_grad for part in tower for p in part.parameters())
         self._step_ids: IdsByBatch = []
         self._eval_sums = self._no_sums()

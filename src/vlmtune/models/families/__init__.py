@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from vlmtune.errors import UnsupportedModelError, nearest
@@ -40,13 +41,19 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# model_type -> why a family that transformers has is not taken.
-_TORCHVISION = "transformers makes its image processor with torchvision only, which vlmtune does without"
-REFUSED: dict[str, str] = {
-    "lfm2_vl": _TORCHVISION,
-    "gemma3n": "its vision tower needs the package timm, which vlmtune does without",
-    "mllama": "it reads images by cross-attention, with no image tokens in the text, which is not proved here",
-    "florence2": "it is an encoder and a decoder, whose labels are other than those of a conversation",
+# model_type -> why a family that transformers has is not taken, and the packages with which it is tried as an unknown
+# one.
+REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lfm2_vl": (
+        "transformers makes its image processor with torchvision only, which is not installed",
+        ("torchvision",),
+    ),
+    "gemma3n": (
+        "its vision tower needs the packages timm and torchvision, which are not installed",
+        ("timm", "torchvision"),
+    ),
+    "mllama": ("it reads images by cross-attention, with a mask made of each text and its images together", ()),
+    "florence2": ("it is an encoder and a decoder, whose labels are other than those of a conversation", ()),
 }
 
 
@@ -57,7 +64,8 @@ def get_family(which: Any) -> Family:
         which: a family's name or alias, a loaded model (adapted by PEFT or not), its configuration, or a record.
 
     Raises:
-        UnsupportedModelError: no family of that name, or none for that configuration.
+        UnsupportedModelError: no family of that name, or none for that configuration. The configuration of a
+            checkpoint of an unknown family gets a generic record, where that is possible.
     """
     if isinstance(which, Family):
         return which
@@ -71,9 +79,10 @@ def get_family(which: Any) -> Family:
         if model_type in family.model_types:
             return family
     name = found.get("_name_or_path") or "the model"
-    if model_type in REFUSED:
+    reason, packages = REFUSED.get(str(model_type), ("", ()))
+    if reason and not (packages and all(map(importlib.util.find_spec, packages))):
         raise UnsupportedModelError(
-            f"{name} is a {model_type} model, which vlmtune does not take: {REFUSED[model_type]}. "
+            f"{name} is a {model_type} model, which vlmtune does not take: {reason}. "
             f"Choose a model of a known family ({', '.join(FAMILIES)})."
         )
     if model_type is not None and found.get("vision_config") is None:
@@ -81,9 +90,14 @@ def get_family(which: Any) -> Family:
             f"{name} is a {model_type} model, which takes text only: it has no vision tower to show images to. "
             f"Choose a vision-language model of a known family ({', '.join(FAMILIES)})."
         )
-    raise UnsupportedModelError(
-        f"{name} is a {model_type} model, a family that vlmtune does not know yet. Known: {', '.join(FAMILIES)}."
-    )
+    if model_type is None or isinstance(config, dict):
+        raise UnsupportedModelError(
+            f"{name} is a {model_type} model, a family that vlmtune does not know yet. Known: {', '.join(FAMILIES)}."
+        )
+    # Reading a checkpoint takes torch; names and known configurations do not.
+    from vlmtune.models.generic import generic_family
+
+    return generic_family(config)
 
 
 def _by_name(name: str) -> Family:

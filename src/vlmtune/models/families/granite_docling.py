@@ -25,6 +25,11 @@ def unused(config: Any) -> Sequence[str]:
     return [*fine, "model.density_router"] if config.density_router_hidden_size is not None else fine
 
 
+def logit_scale(config: Any) -> float:
+    """Granite divides its logits."""
+    return 1 / float(config.text_config.logits_scaling)
+
+
 GRANITE_DOCLING = Family(
     name="granite_docling",
     aliases=("granite-docling",),
@@ -55,6 +60,7 @@ GRANITE_DOCLING = Family(
     sized=True,
     layout=layout,
     unused=unused,
+    logit_scale=logit_scale,
     sharing=True,
     feature_cache=True,
     features_listed=True,
