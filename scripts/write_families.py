@@ -15,7 +15,14 @@ What vlmtune knows of each family of vision-language models, and what is proved 
 model's `config.json`, never by its name.
 
 No family needs torchvision: images go through Pillow, and the video part of a processor is kept with the checkpoint
-and not used. A model of another family is refused by name.
+and not used.
+
+A model of a family that is not listed, but that transformers loads, is taken with what can be read off its
+checkpoint: LoRA and QLoRA on its language model only, no sharing, no kept features. Before the first step it must
+pass the checks that every listed family passed, on the checkpoint itself: token ids as its processor makes them, only
+the answer and its end learned, as many image places as features, another image changes the output, a padded batch
+changes nothing, no token sees a later one, the loss is that of the model's logits, gradients where something is
+trained and nowhere else. One that fails is refused with what failed.
 
 """
 
