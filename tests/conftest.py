@@ -22,6 +22,12 @@ CORPUS = [
 ] * 20
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what is remembered between runs out of the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def reference_files() -> Path:
     """The folder of published reference values; it lies beside the checkout where there is one."""

@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import datasets
@@ -18,6 +19,8 @@ from vlmtune.data.sample import Sample
 from vlmtune.errors import EncodingError, ImageError, TooLongError
 
 logger = logging.getLogger("vlmtune.batching")
+
+Row = Mapping[str, Any]
 
 # Below this many rows, starting worker processes takes longer than the pass itself.
 PARALLEL_FROM = 20_000
@@ -68,18 +71,7 @@ def scan(
     Raises:
         EncodingError: too many rows cannot be encoded; the message names the first of them and says how many.
     """
-    processes = processes or (os.cpu_count() or 1 if len(dataset) >= PARALLEL_FROM else None)
-    table = dataset.map(
-        _measure,
-        fn_kwargs={"encoder": encoder, "to_sample": to_sample},
-        remove_columns=dataset.column_names,
-        features=datasets.Features({name: datasets.Value(kind) for name, kind in _COLUMNS.items()}),
-        num_proc=processes,
-        # A fingerprint of our own: hashing the processor takes longer than the pass, and nothing is reused.
-        new_fingerprint=uuid.uuid4().hex,
-        keep_in_memory=True,
-        desc="Checking texts",
-    )
+    table = measure_rows(dataset, partial(_measure, encoder=encoder, to_sample=to_sample), _COLUMNS, processes)
     measures = ("length", "supervised", "image_tokens")
     lengths, supervised, image_tokens = (np.asarray(table[name], dtype=np.int64) for name in measures)
     reasons, too_long = table["reason"][:], np.asarray(table["too_long"], dtype=bool)
@@ -99,10 +91,45 @@ def scan(
     return Scan(kept, lengths[kept], supervised[kept], left_out, image_tokens[kept])
 
 
+def measure_rows(
+    dataset: datasets.Dataset,
+    measure: Callable[[Row], dict[str, Any]],
+    columns: Mapping[str, str],
+    processes: int | None,
+) -> datasets.Dataset:
+    """Return a table of what ``measure`` finds in each row.
+
+    Args:
+        dataset: rows.
+        measure: of one row, a value for each column; it must be picklable.
+        columns: name and Arrow type of each column.
+        processes: worker processes; by default one a CPU core, and none below 20,000 rows.
+    """
+    cores = len(os.sched_getaffinity(0)) if len(dataset) >= PARALLEL_FROM else None
+    return dataset.map(
+        _measure_batch,
+        fn_kwargs={"measure": measure},
+        batched=True,
+        batch_size=500,
+        remove_columns=dataset.column_names,
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}),
+        num_proc=processes or cores,
+        # A fingerprint of our own: hashing the processor takes longer than the pass, and nothing is reused.
+        new_fingerprint=uuid.uuid4().hex,
+        keep_in_memory=True,
+        desc="Checking texts",
+    )
+
+
+def _measure_batch(batch: Mapping[str, list[Any]], measure: Callable[[Row], dict[str, Any]]) -> dict[str, list[Any]]:
+    rows = [measure(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
 _COLUMNS = {"length": "int64", "supervised": "int64", "image_tokens": "int64", "too_long": "bool", "reason": "string"}
 
 
-def _measure(row: Mapping[str, Any], encoder: Encoder, to_sample: Callable[..., Sample]) -> dict[str, Any]:
+def _measure(row: Row, encoder: Encoder, to_sample: Callable[..., Sample]) -> dict[str, Any]:
     try:
         encoded = encoder(to_sample(row), pixels=False)
     except (EncodingError, ImageError) as error:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from vlmtune.data import archives
 from vlmtune.data.sample import ImageRef
 from vlmtune.errors import ImageError
 
@@ -75,7 +76,7 @@ def check(image: ImageRef, how: Check = "header", *, max_pixels: int | None = No
         elif how == "header":
             _open(image, max_pixels).close()
         elif image.path is not None and image.bytes is None:
-            _require_file(Path(image.path))
+            _require_place(image.path)
     except ImageError as error:
         return str(error)
     return None
@@ -99,14 +100,45 @@ def content_hash(image: ImageRef) -> str:
     Raises:
         ImageError: the file cannot be read.
     """
+    return hashlib.sha256(content_of(image)).hexdigest()
+
+
+def content_of(image: ImageRef) -> bytes:
+    """Return the image's bytes as they are stored.
+
+    Raises:
+        ImageError: the file, or the archive, cannot be read.
+    """
     if image.bytes is not None:
-        return hashlib.sha256(image.bytes).hexdigest()
-    path = Path(image.path or "")
+        return image.bytes
+    member = archives.parse(image.path or "")
+    if member is not None:
+        return archives.read(member)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+        return Path(image.path or "").read_bytes()
+    except (OSError, ValueError) as error:
         raise ImageError(f"{image.name} cannot be read: {_reason(error)}.") from error
+
+
+def length_of(image: ImageRef) -> int:
+    """Return the number of the image's bytes as they are stored, or -1 where there is no file."""
+    if image.bytes is not None:
+        return len(image.bytes)
+    member = archives.parse(image.path or "")
+    if member is not None:
+        return len(archives.read(member)) if member.packed else member.size
+    path = Path(image.path or "")
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _require_place(path: str) -> None:
+    member = archives.parse(path)
+    if member is None:
+        _require_file(Path(path))
+        return
+    _require_file(Path(member.archive))
+    if member.size == 0:
+        raise ImageError(f"{path} is empty (0 bytes). Replace it in the archive.")
 
 
 def _require_file(path: Path) -> None:
@@ -115,7 +147,7 @@ def _require_file(path: Path) -> None:
             what = "is a folder" if path.is_dir() else "does not exist"
             raise ImageError(f"{path} {what}. Correct the name, or set image_dir to the images' folder.")
         size = path.stat().st_size
-    except OSError as error:  # a name too long, or a folder that may not be entered
+    except (OSError, ValueError) as error:  # a name too long or with a null, or a folder that may not be entered
         raise ImageError(f"{path} cannot be opened: {_reason(error)}. Correct the name or its permissions.") from error
     if size == 0:
         raise ImageError(f"{path} is empty (0 bytes). Download or copy it again.")
@@ -124,10 +156,11 @@ def _require_file(path: Path) -> None:
 def _open(image: ImageRef, max_pixels: int | None) -> Image.Image:
     limit = max_pixels or DEFAULT_MAX_PIXELS
     try:
-        if image.bytes is not None:
-            if not image.bytes:
+        if image.bytes is not None or archives.parse(image.path or ""):
+            content = content_of(image)
+            if not content:
                 raise ImageError(f"{image.name} is empty (0 bytes).")
-            opened = _open_any_size(io.BytesIO(image.bytes))
+            opened = _open_any_size(io.BytesIO(content))
         else:
             path = Path(image.path or "")
             _require_file(path)

@@ -5,48 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 from rich.progress import track
 
 from vlmtune.data import images
 from vlmtune.data.formats import Source
 from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
+from vlmtune.data.hashes import row_hashes
+from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.recognition import choose_format, resolve
-from vlmtune.data.sample import TYPE_FIELDS, ImageRef, Sample
+from vlmtune.data.sample import TYPE_FIELDS, ImageRef
 from vlmtune.data.splitting import held_out
+from vlmtune.data.store import Store
 from vlmtune.errors import DataError, nearest
 
 logger = logging.getLogger("vlmtune.data")
 
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "images": pa.list_(pa.struct({"path": pa.string(), "bytes": pa.binary()})),
-        "messages": pa.list_(
-            pa.struct(
-                {
-                    "role": pa.string(),
-                    "content": pa.list_(pa.struct({"type": pa.string(), "text": pa.string()})),
-                }
-            )
-        ),
-        "references": pa.list_(pa.string()),
-        "meta": pa.string(),
-    }
-)
-ROWS_AT_ONCE = 10_000
 PROGRESS_FROM = 5_000
+ROWS_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True)
@@ -113,19 +100,23 @@ def load_samples(
     """
     place = resolve(path)
     chosen = choose_format(place, format)
-    folder = None if image_dir is None else Path(image_dir).expanduser()
+    folder = None if image_dir is None else absolute(image_dir)
     source = Source(place, split, folder, prompt or DEFAULT_CAPTION_PROMPT)
     name = f"{path}, split {split}" if split else str(path)
     quarantine = Quarantine()
-    samples = list(_unique(chosen.load(source, quarantine), quarantine))
-    total = len(samples) + len(quarantine)
+    placer = Placer(place, folder)
+    store = Store()
+    store.add_all(placer.samples(chosen.load(source, quarantine), quarantine), quarantine)
+    dataset = store.dataset()
+    total = len(dataset) + len(quarantine)
     if not total:
         raise DataError(f"{name} holds no samples in the format {chosen.name} ({chosen.looks_like}).")
-    samples = list(_with_good_images(samples, quarantine, verify_images, max_pixels))
+    bad = store.repeats(dataset, quarantine)
+    bad |= _with_bad_images(dataset, bad, quarantine, verify_images, max_pixels)
     quarantine.require_below(max_bad_fraction, total, name)
-    if not samples:
+    if bad.all():
         raise DataError(f"No row of {name} can be used; all were set aside ({quarantine.summary()}).")
-    return LoadedData(_dataset(samples), quarantine, chosen.name, name)
+    return LoadedData(dataset.select(np.flatnonzero(~bad)) if bad.any() else dataset, quarantine, chosen.name, name)
 
 
 def load_train_and_eval(options: DataOptions) -> tuple[LoadedData, LoadedData | None]:
@@ -216,18 +207,11 @@ def split_by_image(data: LoadedData, fraction: float, seed: int) -> tuple[Loaded
 
 def _contents(dataset: datasets.Dataset) -> list[list[str]]:
     """Return a name by its content of each row's images, or of its text where it has none."""
-    names: list[list[str]] = []
-    of_file: dict[ImageRef, str] = {}
-    with ThreadPoolExecutor(8) as pool:
-        for batch in dataset.select_columns(["images", "messages"]).with_format(None).iter(1000):
-            rows = [[ImageRef(**image) for image in row] for row in batch["images"]]
-            new = list(dict.fromkeys(ref for row in rows for ref in row if ref not in of_file))
-            found = of_file | dict(zip(new, pool.map(images.content_hash, new), strict=True))
-            # Images given as bytes are not kept.
-            of_file |= {ref: found[ref] for ref in new if ref.bytes is None}
-            texts = (hashlib.sha256(repr(messages).encode()).hexdigest() for messages in batch["messages"])
-            names += [[found[ref] for ref in row] or [text] for row, text in zip(rows, texts, strict=True)]
-    return names
+    hashes = chain.from_iterable(row_hashes(dataset))
+    return [
+        found or [hashlib.sha256(repr(row["messages"]).encode()).hexdigest()]
+        for found, row in zip(hashes, dataset.select_columns(["messages"]), strict=True)
+    ]
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
@@ -239,51 +223,44 @@ def fingerprint(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def _unique(samples: Iterator[Sample], quarantine: Quarantine) -> Iterator[Sample]:
-    """Set aside samples that repeat another's images and texts, or its id."""
-    seen: dict[Any, str] = {}
-    ids: set[str] = set()
-    for sample in samples:
-        content = hash((sample.images, sample.messages))
-        if content in seen:
-            quarantine.add(sample.id, "duplicate", f"it has the same images and texts as {seen[content]}")
-        elif sample.id in ids:
-            quarantine.add(sample.id, "repeated id", f"another sample has the id {sample.id!r}")
-        else:
-            seen[content] = sample.id
-            ids.add(sample.id)
-            yield sample
-
-
-def _with_good_images(
-    samples: list[Sample], quarantine: Quarantine, how: images.Check, max_pixels: int | None
-) -> Iterator[Sample]:
-    refs = list(dict.fromkeys(image for sample in samples for image in sample.images))
+def _with_bad_images(
+    dataset: datasets.Dataset,
+    passed_over: npt.NDArray[np.bool_],
+    quarantine: Quarantine,
+    how: images.Check,
+    max_pixels: int | None,
+) -> npt.NDArray[np.bool_]:
+    """Set aside the rows with an image that cannot be used; returns (N,) which they are."""
+    bad = np.zeros(len(dataset), dtype=bool)
+    check = partial(images.check, how=how, max_pixels=max_pixels)
+    checked: set[int] = set()
+    problems: dict[ImageRef, str] = {}
+    rows = dataset.select_columns(["id", "images"]).with_format("arrow")
+    starts: Iterable[int] = range(0, len(dataset), ROWS_AT_ONCE)
+    if len(dataset) >= PROGRESS_FROM:
+        starts = track(starts, description="Checking images", transient=True)
     with ThreadPoolExecutor(8) as pool:
-        found: Iterable[str | None] = pool.map(partial(images.check, how=how, max_pixels=max_pixels), refs)
-        if len(refs) >= PROGRESS_FROM:
-            found = track(found, description="Checking images", total=len(refs), transient=True)
-        problems = {ref: problem for ref, problem in zip(refs, found, strict=True) if problem}
-    for sample in samples:
-        problem = next((problems[image] for image in sample.images if image in problems), None)
-        if problem is None:
-            yield sample
-        else:
-            kind = "missing image" if "does not exist" in problem else "unreadable image"
-            quarantine.add(sample.id, kind, problem)
-
-
-def _dataset(samples: list[Sample]) -> datasets.Dataset:
-    rows = iter(samples)
-    tables = []
-    while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        tables.append(pa.Table.from_pylist([sample.to_row() for sample in chunk], schema=SCHEMA))
-    return datasets.Dataset(pa.concat_tables(tables) if tables else SCHEMA.empty_table())
+        for start in starts:
+            batch = rows[start : start + ROWS_AT_ONCE]
+            refs = [tuple(ImageRef(**image) for image in row) for row in batch["images"].to_pylist()]
+            new = [ref for ref in dict.fromkeys(chain.from_iterable(refs)) if hash(ref) not in checked]
+            # Of an image that was checked its hash is kept alone: the names of millions of them take gigabytes.
+            checked.update(map(hash, new))
+            problems |= {ref: found for ref, found in zip(new, pool.map(check, new), strict=True) if found}
+            if not problems:
+                continue
+            for index, row in enumerate(refs, start):
+                problem = next((problems[ref] for ref in row if ref in problems), None)
+                if problem is not None and not passed_over[index]:
+                    bad[index] = True
+                    kind = "missing image" if "does not exist" in problem else "unreadable image"
+                    quarantine.add(batch["id"][index - start].as_py(), kind, problem)
+    return bad
 
 
 def _image_name(image: dict[str, Any]) -> str:
     if image.get("path"):
-        return Path(image["path"]).name
+        return ImageRef(image["path"]).filename
     return hashlib.sha256(image["bytes"]).hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmtune.data.formats import FORMATS, Format, easy_vqa
+from vlmtune.data.placing import absolute
 from vlmtune.errors import DataError, FormatError, nearest
 
 
@@ -14,7 +15,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         DataError: there is none.
     """
-    place = Path(path).expanduser()
+    place = absolute(path)
     if place.exists():
         return place
     if str(path).replace("_", "-") == easy_vqa.PACKAGE_NAME:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from vlmtune.data import archives
 from vlmtune.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
@@ -64,7 +66,7 @@ class Message:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image's bytes lie: a file, or the bytes themselves (with the name they had)."""
+    """Where an image's bytes lie: a file, a member of an archive by its address, or the bytes themselves."""
 
     path: str | None = None
     bytes: bytes | None = None
@@ -73,6 +75,12 @@ class ImageRef:
     def name(self) -> str:
         """A name for messages to people."""
         return self.path or "(image given as bytes)"
+
+    @property
+    def filename(self) -> str:
+        """The file's own name, without its folder or archive; empty for bytes."""
+        member = archives.parse(self.path) if self.path else None
+        return Path(member.name if member else self.path or "").name
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class Sample:
                 {"role": m.role, "content": [{"type": p.type, "text": p.text} for p in m.parts]} for m in self.messages
             ],
             "references": list(self.references),
-            "meta": json.dumps(self.meta, ensure_ascii=False, sort_keys=True),
+            "meta": meta_text(self.meta),
         }
 
     @classmethod
@@ -153,6 +161,11 @@ class Sample:
                 "A row needs the columns id, images, messages, references and meta; load the data with "
                 "GenericVLMDatasetLoader, which makes them."
             ) from error
+
+
+def meta_text(meta: Mapping[str, Any]) -> str:
+    """Return a sample's ``meta`` as it stands in a data set's row."""
+    return json.dumps(meta, ensure_ascii=False, sort_keys=True)
 
 
 def _image_ref(image: Any) -> ImageRef:

@@ -19,7 +19,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from vlmtune.data.images import content_hash, decode
+from vlmtune.data.images import content_hash, decode, length_of
 from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.evaluation.compare import compare
 from vlmtune.evaluation.generation import AnswerGenerator
@@ -132,21 +132,13 @@ def shared_images(training: Iterable[ImageRef], samples: Sequence[Sample]) -> di
     scored = {image for sample in samples for image in sample.images}
     by_size: dict[int, list[ImageRef]] = {}
     for image in scored:
-        by_size.setdefault(_length(image), []).append(image)
+        by_size.setdefault(length_of(image), []).append(image)
     # Only files of one length can be equal, so few of a large training set are read.
-    alike = [image for image in set(training) if _length(image) in by_size]
+    alike = [image for image in set(training) if length_of(image) in by_size]
     seen = {content_hash(image) for image in alike}
-    sizes = {_length(image) for image in alike}
+    sizes = {length_of(image) for image in alike}
     shared = sorted(image.name for size in sizes for image in by_size[size] if content_hash(image) in seen)
     return {"images": len(scored), "shared": len(shared), "such_as": shared[:3]}
-
-
-def _length(image: ImageRef) -> int:
-    """Number of bytes, or -1 where there is no file."""
-    if image.bytes is not None:
-        return len(image.bytes)
-    path = Path(image.path or "")
-    return path.stat().st_size if path.is_file() else -1
 
 
 def shuffle_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample] | None:

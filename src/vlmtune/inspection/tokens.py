@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vlmtune.batching.encode import Encoder, TooLong
+from vlmtune.batching.scan import measure_rows
 from vlmtune.batching.sharing import describe_saving
 from vlmtune.data.sample import Sample
 from vlmtune.errors import VlmtuneError
 from vlmtune.inspection.findings import Report, histogram
 
-PARALLEL_FROM = 20_000
 _COLUMNS = {"length": "int64", "image_tokens": "int64", "supervised": "int64", "reason": "string"}
 
 
@@ -44,19 +44,9 @@ def measure(dataset: datasets.Dataset, encoder: Encoder, *, processes: int | Non
     Args:
         dataset: rows in the samples' form.
         encoder: without a length limit.
-        processes: worker processes; by default none below 20,000 rows, and two above.
+        processes: worker processes; by default one a CPU core, and none below 20,000 rows.
     """
-    table = dataset.map(
-        _measure,
-        fn_kwargs={"encoder": encoder},
-        remove_columns=dataset.column_names,
-        features=datasets.Features({name: datasets.Value(kind) for name, kind in _COLUMNS.items()}),
-        num_proc=processes if len(dataset) >= PARALLEL_FROM else None,
-        # Hashing the processor for a fingerprint takes longer than the pass, and nothing is reused.
-        new_fingerprint=uuid.uuid4().hex,
-        keep_in_memory=True,
-        desc="Checking texts",
-    )
+    table = measure_rows(dataset, partial(_measure, encoder=encoder), _COLUMNS, processes)
     lengths, image_tokens, supervised = (np.asarray(table[name], dtype=np.int64) for name in list(_COLUMNS)[:3])
     return TokenFacts(lengths, image_tokens, supervised, list(table["reason"]))
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlmtune.data.hashes import user_cache_dir
 from vlmtune.errors import ModelError
 from vlmtune.models.family import Family
 from vlmtune.models.provenance import base_model
@@ -44,9 +45,7 @@ class CacheFullError(ModelError):
 
 def default_cache_dir() -> Path:
     """The user's cache folder for image features (``XDG_CACHE_HOME`` is honoured)."""
-    import os
-
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmtune" / "features"
+    return user_cache_dir() / "features"
 
 
 def features_key(model: nn.Module, family: Family, processor: Any, *, dtype: torch.dtype) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from vlmtune.batching.encode import Encoder
 from vlmtune.batching.masks import EXACT_ATTENTION
 from vlmtune.batching.sharing import runs
 from vlmtune.config import ModelWithLoRAArguments, VLMDataArguments
+from vlmtune.data.hashes import row_hashes
 from vlmtune.data.images import content_hash
 from vlmtune.data.loading import load_train_and_eval
 from vlmtune.data.sample import ImageRef, Sample
@@ -46,13 +48,9 @@ def with_image_keys(dataset: datasets.Dataset) -> datasets.Dataset:
     Raises:
         ImageError: an image cannot be read.
     """
-    rows = [tuple(ImageRef(**image) for image in row) for row in dataset["images"]]
-    refs = list(dict.fromkeys(image for row in rows for image in row))
-    with ThreadPoolExecutor(8) as pool:
-        hashes = dict(zip(refs, pool.map(content_hash, refs), strict=True))
-    keys = [" ".join(hashes[image] for image in row) for row in rows]
+    keys = pa.chunked_array([pa.array(map(" ".join, batch), pa.string()) for batch in row_hashes(dataset)], pa.string())
     # The default fingerprint would hash every key; nothing here is reused by it.
-    return dataset.add_column("image_key", keys)
+    return dataset.add_column("image_key", keys, new_fingerprint=uuid.uuid4().hex)
 
 
 def shares_images(family: Family, choice: str, attn_implementation: str | None = None) -> bool:

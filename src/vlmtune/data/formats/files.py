@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
+from vlmtune.data import archives
 from vlmtune.data.formats.base import Source
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -241,9 +242,7 @@ def find_folder(names: Sequence[str], candidates: Iterable[Path], source: Source
         DataError: ``image_dir`` is no folder, or no candidate holds any.
     """
     if source.image_dir is not None:
-        if not source.image_dir.is_dir():
-            raise DataError(f"image_dir {source.image_dir} is not a folder. Name the folder that holds the images.")
-        return source.image_dir
+        return named_folder(source.image_dir)
     tried = [folder for folder in dict.fromkeys(candidates) if folder.is_dir()]
     for folder in tried:
         if any(is_file(folder, name) for name in names):
@@ -253,9 +252,22 @@ def find_folder(names: Sequence[str], candidates: Iterable[Path], source: Source
     raise DataError(f"The images of {what}{example} are not found (looked in {shown}). Set image_dir to their folder.")
 
 
+def named_folder(image_dir: Path) -> Path:
+    """Return the folder or the archive that a person named for the images.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if not image_dir.is_dir() and not archives.is_archive(image_dir):
+        raise DataError(f"image_dir {image_dir} is neither a folder nor a .tar or .zip archive. Name one that is.")
+    return image_dir
+
+
 def is_file(folder: Path, name: Any) -> bool:
-    """Whether a folder holds a file of this name; anything that cannot be a name is none."""
+    """Whether a folder or an archive holds a file of this name; anything that cannot be a name is none."""
     try:
+        if isinstance(name, str) and archives.is_archive(folder):
+            return name in archives.open_archive(folder)
         return isinstance(name, str) and (folder / name).is_file()
     except (OSError, ValueError):
         return False

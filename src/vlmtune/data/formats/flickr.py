@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vlmtune.data.formats.base import Format, Source, first_line
 from vlmtune.data.formats.captions import Caption, caption_samples
+from vlmtune.data.formats.files import named_folder
 from vlmtune.data.images import EXTENSIONS
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -99,9 +100,7 @@ def image_folder(folder: Path, named: Path | None) -> Path:
         DataError: the folder named is none, or no image lies where they usually do.
     """
     if named is not None:
-        if not named.is_dir():
-            raise DataError(f"image_dir {named} is not a folder. Name the folder that holds the images.")
-        return named
+        return named_folder(named)
     for name in IMAGE_FOLDERS:
         if (folder / name).is_dir():
             inside = folder / name / name

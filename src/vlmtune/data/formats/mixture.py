@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError, nearest
@@ -71,7 +72,7 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
         own = Quarantine()
         image_dir = entry.image_dir or source.image_dir
         place = Source(entry.place, entry.split or source.split, image_dir, entry.prompt or source.prompt)
-        loaded.append(list(entry.format.load(place, own)))
+        loaded.append(list(Placer(entry.place, image_dir).samples(entry.format.load(place, own), own)))
         for row in own.rows:
             quarantine.add(f"{entry.name}/{row.id}", row.kind, row.reason)
     counts = _counts(entries, [len(samples) for samples in loaded])
@@ -168,7 +169,7 @@ def _entry(row: Any) -> _Entry | list[str]:
         return [str(error).splitlines()[0]]
     if format is FORMAT:
         return [f"{place} is a mixture itself; list its data sets here"]
-    folder = Path(row["image_dir"]).expanduser() if "image_dir" in row else None
+    folder = absolute(row["image_dir"]) if "image_dir" in row else None
     name = row.get("name") or Path(row["path"]).expanduser().resolve().stem
     return _Entry(
         *(name, place, format, row.get("split"), folder),
