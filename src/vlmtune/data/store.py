@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         "meta": pa.string(),
     }
 )
-ROWS_AT_ONCE = 10_000
+ROWS_AT_ONCE = 2_000
 # Images given as bytes make rows large; no more than this many bytes are collected before they are written.
 BYTES_AT_ONCE = 256 << 20
 
