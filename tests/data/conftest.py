@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,18 @@ class Layouts:
         pq.write_table(pa.Table.from_pylist(rows[:1]), folder / "train-00000-of-00002.parquet")
         pq.write_table(pa.Table.from_pylist(rows[1:]), folder / "train-00001-of-00002.parquet")
         return self.root / "tables"
+
+    def webdataset(self) -> Path:
+        rows = [{"messages": _turns("<image>What?", "A dog.")}, {"messages": _turns("Who?", "A cat.")}]
+        folder = self.root / "shards"
+        folder.mkdir(parents=True)
+        for number, kind, text in ((10, "json", json.dumps(rows)), (11, "txt", "A bird.")):
+            with tarfile.open(folder / f"train-{number:06d}.tar", "w") as shard:
+                for name, content in (("jpg", self.image(number)), (kind, text.encode())):
+                    member = tarfile.TarInfo(f"{number}.{name}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
+        return folder
 
     def mixture(self) -> Path:
         path = self.root / "mixture.yaml"

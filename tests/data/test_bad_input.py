@@ -35,7 +35,7 @@ VALUES: list[Any] = [
 def annotation_file(place: Path, rng: random.Random) -> Path:
     if place.is_file():
         return place
-    known = {".json", ".jsonl", ".csv", ".txt", ".parquet"}
+    known = {".json", ".jsonl", ".csv", ".txt", ".parquet", ".tar"}
     return rng.choice(sorted(file for file in place.rglob("*") if file.suffix in known))
 
 

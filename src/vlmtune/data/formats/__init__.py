@@ -16,6 +16,7 @@ from vlmtune.data.formats import (
     scienceqa,
     tables,
     vqav2,
+    webdataset,
 )
 from vlmtune.data.formats.base import Format, Source
 
@@ -34,6 +35,7 @@ FORMATS: dict[str, Format] = {
         llava.FORMAT,
         messages.FORMAT,
         tables.FORMAT,
+        webdataset.FORMAT,
         mixture.FORMAT,
     )
 }

@@ -19,6 +19,8 @@ from vlmtune.errors import DataError, nearest
 
 COMPRESSIONS = (".gz", ".zst")
 SPLITS = ("train", "validation", "val", "test", "dev")
+# What stands before the number of a file of no split.
+UNNAMED = ("data", "part", "shard")
 HEAD = 65_536
 
 Layout = Literal["lines", "list", "object"]
@@ -26,6 +28,7 @@ Layout = Literal["lines", "list", "object"]
 Part = TypeVar("Part")
 
 _SPLIT = re.compile(r"(?<![a-z])(train|validation|val|test|dev)(?![a-z])", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?P<name>.+)-\d{5,}(-of-\d+)?\.\w+$")
 _KEY = re.compile(r'"(\w+)"\s*:')
 _DECODER = json.JSONDecoder()
 
@@ -192,6 +195,13 @@ def split_name(text: str) -> str | None:
     """Return the split that a file's or folder's name holds: ``val`` of ``captions_val2014.json``."""
     found = _SPLIT.search(re.sub(r"\d+", " ", text.replace("_", " ")))
     return found[1].lower() if found else None
+
+
+def shard_split(file: Path) -> str:
+    """Return the split of a numbered file: one that its name holds, or what stands before the number; else nothing."""
+    numbered = _NUMBERED.match(file.name)
+    before = numbered["name"] if numbered and numbered["name"] not in UNNAMED else ""
+    return split_name(file.name) or before
 
 
 def name_splits(files: Iterable[Path]) -> dict[str, Path]:

@@ -9,6 +9,7 @@ and ``completion`` (TRL); ``texts`` (the Cauldron: ``user`` and ``assistant``); 
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,12 @@ def _question(row: Mapping[str, Any], name: str, images: Path) -> Sample:
 
 def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
     meta = row.get("meta") or {}
+    if isinstance(meta, str):
+        # Tables hold it as JSON text, since its keys differ from row to row.
+        try:
+            meta = json.loads(meta)
+        except (ValueError, RecursionError):
+            raise RowError(f"its meta is {meta[:80]!r}, neither an object nor JSON") from None
     if not isinstance(meta, Mapping):
         raise RowError(f"its meta is {meta!r}, not an object")
     return dict(meta)
@@ -134,8 +141,9 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _conversation(row: Mapping[str, Any], turns: list[Any], name: str, images: Path) -> Sample:
     pending = listed_images(row, images)
-    # Where the parts hold the images themselves, "<image>" in a text is only a text.
-    marks = bool(pending) or not any(_has_image_part(message) for message in turns)
+    # Where the parts name the images' places, all of them, "<image>" in a text is only a text.
+    places = [part for message in turns for part in _image_parts(message)]
+    marks = not places or (bool(pending) and len(places) != len(pending))
     messages, used = [], list[ImageRef]()
     for message in turns:
         messages.append(_message(message, pending, used, images, marks))
@@ -143,8 +151,8 @@ def _conversation(row: Mapping[str, Any], turns: list[Any], name: str, images: P
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if used or first is None:
             raise RowError(f"{len(pending)} image(s) in 'images' have no place in the messages")
-        places = tuple(Part("image") for _ in pending)
-        messages[first] = Message(messages[first].role, places + messages[first].parts)
+        unplaced = tuple(Part("image") for _ in pending)
+        messages[first] = Message(messages[first].role, unplaced + messages[first].parts)
         used = pending
     references = row.get("references") or ()
     if isinstance(references, str):
@@ -167,11 +175,10 @@ def _conversation(row: Mapping[str, Any], turns: list[Any], name: str, images: P
     return sample
 
 
-def _has_image_part(message: Any) -> bool:
+def _image_parts(message: Any) -> list[Any]:
     content = message.get("content") if isinstance(message, Mapping) else None
-    return isinstance(content, list) and any(
-        isinstance(part, Mapping) and part.get("type") in ("image", "image_url") for part in content
-    )
+    parts = content if isinstance(content, list) else []
+    return [part for part in parts if isinstance(part, Mapping) and part.get("type") in ("image", "image_url")]
 
 
 def _message(message: Any, pending: list[ImageRef], used: list[ImageRef], images: Path, marks: bool) -> Message:

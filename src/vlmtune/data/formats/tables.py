@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmtune.data.formats.base import Format, Source
-from vlmtune.data.formats.files import chosen, id_prefix, samples_of, split_name
+from vlmtune.data.formats.files import chosen, id_prefix, samples_of, shard_split
 from vlmtune.data.formats.rows import make_sample, shape_of
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -113,7 +113,7 @@ def _files(path: Path) -> dict[str, list[Path]]:
         return {"": _in_folder(path)}
     found: dict[str, list[Path]] = {}
     for file in _in_folder(path) or _in_folder(path / "data"):
-        found.setdefault(split_name(file.name) or "", []).append(file)
+        found.setdefault(shard_split(file), []).append(file)
     return found
 
 
