@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 
 @pytest.fixture
@@ -91,7 +93,103 @@ class Layouts:
                 + list(extra),
             }
             _json(root / "annotations" / f"captions_{split}2017.json", content)
-        _json(root / "annotations" / "instances_val2017.json", {"images": [], "annotations": [], "categories": []})
+        return root
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Width and height of an image."""
+        with Image.open(self.images / f"{number}.jpg") as image:
+            return image.size
+
+    def coco_instances(self, annotation: Any = None, **image: Any) -> Path:
+        """Image 0 has a dog, two cats and a crowd, 1 nothing, 2 a dog; boxes are fractions of an image's sides."""
+        root = self.root / "instances"
+        objects = {
+            0: [
+                (18, (0.5, 0.5, 0.25, 0.25), 0),
+                (17, (0, 0, 0.25, 0.25), 0),
+                (17, (0.25, 0, 0.75, 1), 0),
+                (18, (0, 0, 1, 1), 1),
+            ],
+            1: [],
+            2: [(18, (0.1, 0.2, 0.5, 0.5), 0)],
+        }
+        for split, numbers in (("train", (0, 1)), ("val", (2,))):
+            images, annotations = [], []
+            for number in numbers:
+                name = f"{number:012d}.jpg"
+                self.image(number, "instances", f"{split}2017", name)
+                width, height = self.size(number)
+                images.append({"id": number, "file_name": name, "width": width, "height": height} | image)
+                for place, (category, (x, y, w, h), crowd) in enumerate(objects[number]):
+                    box = [round(x * width, 2), round(y * height, 2), round(w * width, 2), round(h * height, 2)]
+                    annotations.append(
+                        {"segmentation": [[0.0] * 8], "area": box[2] * box[3], "iscrowd": crowd, "image_id": number}
+                        | {"bbox": box, "category_id": category, "id": 10 * number + place}
+                    )
+            content = {
+                "info": {"year": 2017},
+                "licenses": [],
+                "images": images,
+                "annotations": annotations + ([annotation] if annotation and split == "train" else []),
+                "categories": [
+                    {"supercategory": "animal", "id": id, "name": name}
+                    for id, name in ((17, "cat"), (18, "dog"), (19, "horse"))
+                ],
+            }
+            _json(root / "annotations" / f"instances_{split}2017.json", content)
+        return root
+
+    def refcoco(self, *refs: Any) -> Path:
+        root = self.root / "refcoco"
+        images, annotations, phrases = [], [], list(refs)
+        for number, split in ((3, "train"), (4, "val"), (5, "testA")):
+            name = f"COCO_train2014_{number:012d}.jpg"
+            self.image(number, "refcoco", "images", "mscoco", "images", "train2014", name)
+            width, height = self.size(number)
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
+            box = [1.5, 2.0, width / 2, height / 2]
+            annotations.append({"id": 100 + number, "image_id": number, "category_id": 1, "bbox": box, "iscrowd": 0})
+            sentences = [
+                {"sent": f"{word} person {number}", "raw": f"{word} person {number}!", "sent_id": 10 * number + n}
+                | {"tokens": [word, "person", str(number)]}
+                for n, word in enumerate(("left", "tall"))
+            ]
+            phrases.append(
+                {"ref_id": number, "ann_id": 100 + number, "image_id": number, "category_id": 1, "split": split}
+                | {
+                    "file_name": f"COCO_train2014_{number:012d}_{number}.jpg",
+                    "sentences": sentences,
+                    "sent_ids": [1, 2],
+                }
+            )
+        _json(
+            root / "instances.json",
+            {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]},
+        )
+        # Published with Python 2's protocols.
+        (root / "refs(unc).p").write_bytes(pickle.dumps(phrases, protocol=2))
+        (root / "refs(google).p").write_bytes(pickle.dumps(phrases[:1], protocol=0))
+        return root
+
+    def mdetr(self, **image: Any) -> Path:
+        """RefCOCO as MDETR writes it."""
+        root = self.root / "mdetr"
+        name = "COCO_train2014_000000000003.jpg"
+        self.image(3, "mdetr", "train2014", name)
+        width, height = self.size(3)
+        row = {"file_name": name, "width": width, "height": height, "original_id": 3, "dataset_name": "refcoco"}
+        _json(
+            root / "finetune_refcoco_train.json",
+            {
+                "images": [row | {"id": n, "caption": f"person {n}"} for n in (0, 1)]
+                + ([row | image] if image else []),
+                "annotations": [
+                    {"id": n, "image_id": n, "bbox": [1, 2, 10, 12], "category_id": 1, "tokens_positive": [[0, 6]]}
+                    for n in (0, 1)
+                ],
+                "categories": [{"id": 1, "name": "person"}],
+            },
+        )
         return root
 
     def imagefolder(self) -> Path:

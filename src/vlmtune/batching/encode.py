@@ -7,13 +7,15 @@ tokenized afterwards. So training sees exactly the ids that the processor gives 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vlmtune.data.boxes import BOXES
 from vlmtune.data.images import content_hash, decode, upright_size
 from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import EncodingError, NothingSupervisedError, TooLongError
+from vlmtune.models.boxes import tell, understand
 from vlmtune.models.family import Family
 
 TooLong = Literal["error", "drop", "truncate_text"]
@@ -122,7 +124,7 @@ class Encoder:
 
     def prompt(self, sample: Sample, *, pixels: bool = True) -> EncodedSample:
         """Encode what generation is given: the turns before the last answer, opened for the model's turn."""
-        self._check(sample)
+        sample = self._told(sample)
         image_inputs = self.images(sample) if pixels and sample.images else {}
         layout = image_inputs or self.layout(sample)
         text = self._expand(self._render(sample, sample.prompt, generate=True), len(sample.images), layout, sample)
@@ -146,7 +148,7 @@ class Encoder:
         """
         pictures = [decode(image, max_pixels=self.max_pixels) for image in sample.images]
         if not self.family.generic:
-            self._layout(sample, [(picture.height, picture.width) for picture in pictures])
+            self._taken(sample, self.family.layout, [(picture.height, picture.width) for picture in pictures])
         options = {**self.family.image_options(self.processor), "return_tensors": "pt"}
         return dict(self.processor.image_processor([pictures], **options))
 
@@ -161,11 +163,12 @@ class Encoder:
             return {}
         sized, most = self.family.sized, self.max_pixels
         sizes = [upright_size(image, max_pixels=most) if sized else (0, 0) for image in sample.images]
-        return self._layout(sample, sizes)
+        return self._taken(sample, self.family.layout, sizes)
 
-    def _layout(self, sample: Sample, sizes: Sequence[tuple[int, int]]) -> Mapping[str, Any]:
+    def _taken(self, sample: Sample, of_family: Callable[[Any, Any], Any], sizes: Any) -> Any:
+        """Ask the family about images of some sizes, which it may not take."""
         try:
-            return self.family.layout(self.processor, sizes)
+            return of_family(self.processor, sizes)
         except ValueError as error:
             raise EncodingError(
                 f"Sample {sample.id!r} has an image that {self.family.name} does not take: {error}. Resize or crop the "
@@ -174,7 +177,7 @@ class Encoder:
 
     def tokens(self, sample: Sample, image_inputs: Mapping[str, Any] | None = None) -> tuple[list[int], list[bool]]:
         """Return token ids and supervised flags of the whole conversation, without a length limit."""
-        self._check(sample)
+        sample = self._told(sample)
         messages, n_images = sample.messages, len(sample.images)
         inputs = image_inputs or self.layout(sample)
         text = self._expand(self._render(sample, messages), n_images, inputs, sample)
@@ -196,6 +199,39 @@ class Encoder:
                 )
             self._mark(sample, message, input_ids, offsets, supervised, len(prompt), len(through))
         return input_ids, supervised
+
+    def answer(self, sample: Sample, text: str) -> str:
+        """Return what the model said about a sample in the form of its references: boxes in pixels of the image."""
+        if BOXES not in sample.meta:
+            return text
+        size = self._box_size(sample)
+        return understand(text, self.family.boxes, self._taken(sample, self.family.view, size), size)
+
+    def _told(self, sample: Sample) -> Sample:
+        """Check a sample, and return it in the family's words."""
+        self._check(sample)
+        if BOXES not in sample.meta:
+            return sample
+        return tell(sample, self.family.boxes, self._taken(sample, self.family.view, self._box_size(sample)))
+
+    def _box_size(self, sample: Sample) -> tuple[int, int]:
+        """Height and width of the image that boxes lie in.
+
+        Raises:
+            EncodingError: the sample has not one image, or its file is not of the size that the boxes were drawn on.
+            ImageError: the image's header cannot be read.
+        """
+        if len(sample.images) != 1:
+            raise EncodingError(f"Sample {sample.id!r} has boxes and {len(sample.images)} images; it needs one.")
+        height, width = upright_size(sample.images[0], max_pixels=self.max_pixels)
+        drawn_on = sample.meta[BOXES].get("size")
+        if drawn_on is not None and list(drawn_on) != [width, height]:
+            raise EncodingError(
+                f"Sample {sample.id!r}: the boxes are of an image of {drawn_on[0]} x {drawn_on[1]} pixels, but "
+                f"{sample.images[0].name} has {width} x {height} when it is upright. Use the images that were "
+                "annotated, and boxes drawn on them as they are shown."
+            )
+        return height, width
 
     def _mark(
         self,

@@ -38,7 +38,9 @@ class VLMDataArguments(Checked):
         None, help="Folder of the images, where the data does not lie beside them or name them in full."
     )
     prompt: str | None = option(
-        None, help="What the user asks about an image in caption data; by default 'Describe this image.'"
+        None,
+        help="What the user asks: of caption data the same about every image, by default 'Describe this image.'; of "
+        "question data a text with {question}, of boxes one with {labels} or {phrase}.",
     )
     max_train_samples: int | None = option(
         None, help="Train on this many samples, drawn at random by split_seed; by default on all."

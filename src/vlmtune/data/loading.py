@@ -20,7 +20,6 @@ from rich.progress import track
 
 from vlmtune.data import images
 from vlmtune.data.formats import Source
-from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
 from vlmtune.data.hashes import row_hashes
 from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
@@ -90,7 +89,7 @@ def load_samples(
         format: a format's name, or ``auto`` to recognise it.
         split: the split to read; ``None`` reads everything.
         image_dir: folder of the images, where they lie elsewhere.
-        prompt: what the user asks about an image in caption data.
+        prompt: what the user asks about an image; in question data with ``{question}`` for each row's own.
         max_bad_fraction: largest share of rows that may be set aside.
         verify_images: as :func:`vlmtune.data.images.check`.
         max_pixels: larger images are refused.
@@ -101,7 +100,9 @@ def load_samples(
     place = resolve(path)
     chosen = choose_format(place, format)
     folder = None if image_dir is None else absolute(image_dir)
-    source = Source(place, split, folder, prompt or DEFAULT_CAPTION_PROMPT)
+    if problem := chosen.prompt_problem(prompt):
+        raise DataError(f"{problem}.")
+    source = Source(place, split, folder, prompt)
     name = f"{path}, split {split}" if split else str(path)
     quarantine = Quarantine()
     placer = Placer(place, folder)

@@ -27,6 +27,7 @@ class Prediction:
         seconds: this answer's share of its batch's time.
         meta: the sample's own, such as its question type.
         options: where a letter was chosen, the log-probability of each.
+        said: the answer as the model wrote it, where ``answer`` has it in another form: boxes in pixels of the image.
         reference_loss: the summed loss of the references in nats, and their tokens, where perplexity is a metric.
     """
 
@@ -41,6 +42,7 @@ class Prediction:
     meta: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
     reference_loss: tuple[float, int] = (0.0, 0)
+    said: str = ""
 
 
 class Answerer:
@@ -76,6 +78,7 @@ class Answerer:
                 answer = answers[sample.id]
                 given = {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens}
                 given["seconds"] = round(answer.seconds, 5)
+                given["said"] = answer.said if answer.said != answer.text else ""
             if losses:
                 given["reference_loss"] = losses[sample.id]
             found.append(

@@ -43,7 +43,7 @@ from vlmtune.models.quantization import quantization_of
 
 logger = logging.getLogger("vlmtune.evaluation")
 SHOWN = 10
-EVALUATION_SPLITS = ("test", "validation", "val", "dev")
+EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
 def run_evaluation(

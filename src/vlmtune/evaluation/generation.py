@@ -35,16 +35,18 @@ class Answer:
     """One generated answer.
 
     Attributes:
-        text: without control tokens and white space around it.
+        text: without control tokens and white space around it; boxes in pixels of the image, whatever the family's.
         ended: the model closed its turn; else ``max_new_tokens`` cut it.
         tokens: generated, the terminator included.
         seconds: the answer's share of its batch's time.
+        said: the text as the model wrote it.
     """
 
     text: str
     ended: bool
     tokens: int
     seconds: float
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,11 @@ class AnswerGenerator:
         answers: dict[int, Answer] = {}
         for batch, found in self._shared(prompts) if self.share else self._separate(prompts):
             answers |= dict(zip(batch, found, strict=True))
-        return [answers[places[sample.images, sample.prompt]] for sample in samples]
+        found = [answers[places[sample.images, sample.prompt]] for sample in samples]
+        return [
+            dataclasses.replace(answer, text=self.encoder.answer(sample, answer.text))
+            for sample, answer in zip(samples, found, strict=True)
+        ]
 
     def _encode(self, samples: Sequence[Sample]) -> list[Prompt]:
         prompts, decoded = [], dict[Any, Any]()
@@ -269,7 +275,7 @@ class AnswerGenerator:
         end = next((i for i, token in enumerate(tokens) if token in self.terminators), None)
         kept = tokens if end is None else tokens[:end]
         text = self.processor.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(text, end is not None, len(kept) + (end is not None), seconds)
+        return Answer(text, end is not None, len(kept) + (end is not None), seconds, text)
 
 
 def terminators(processor: Any, family: Family) -> frozenset[int]:

@@ -210,7 +210,7 @@ def scored_samples(rows: Iterable[Mapping[str, Any]], *, merge_equal: bool = Tru
 
 
 def _line(prediction: Prediction) -> str:
-    unsaid = {"meta": {}, "options": {}, "reference_loss": (0.0, 0)}
+    unsaid = {"meta": {}, "options": {}, "reference_loss": (0.0, 0), "said": ""}
     row = {name: value for name, value in dataclasses.asdict(prediction).items() if unsaid.get(name) != value}
     return json.dumps(row, ensure_ascii=False) + "\n"
 

@@ -10,14 +10,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vlmtune.models.boxes import THOUSANDTHS, BoxCodec, ViewOf, whole
+from vlmtune.models.boxes import Size as Size
+
 Part = Literal["language", "projector", "vision", "head"]
 Scope = Literal["language", "projector", "vision"]
 
 # The linear layers of a Llama-like language model, as transformers calls them in most families.
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# (height, width) of an upright image, in pixels.
-Size = tuple[int, int]
 # (processor) -> options that the processor gives to its image processor.
 ImageOptions = Callable[[Any], Mapping[str, Any]]
 # (configuration) -> modules that the loss does not depend on.
@@ -111,6 +112,8 @@ class Family:
             its language models have.
         unused: modules that exist and are not used, such as an audio tower; they are neither adapted, trained nor
             quantised.
+        boxes: how it writes boxes.
+        view: the part of an image that it sees, and how large; boxes are counted in it.
         features_listed: the model takes prepared image features as a list, one tensor an image.
         block_layers: where ``attention`` is ``image_block``, the kinds of layers in which it is so.
         template_options: what the chat template is told, such as that the model answers without thinking aloud first.
@@ -160,3 +163,5 @@ class Family:
     opening: str = ""
     logit_scale: LogitScale = unscaled
     generic: bool = False
+    boxes: BoxCodec = THOUSANDTHS
+    view: ViewOf = whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vlmtune.data.formats import (
     chartqa,
     coco_captions,
+    coco_instances,
     docvqa,
     easy_vqa,
     flickr,
@@ -13,6 +14,7 @@ from vlmtune.data.formats import (
     llava,
     messages,
     mixture,
+    refcoco,
     scienceqa,
     tables,
     vqav2,
@@ -25,6 +27,8 @@ FORMATS: dict[str, Format] = {
     for format in (
         flickr.FORMAT,
         coco_captions.FORMAT,
+        coco_instances.FORMAT,
+        refcoco.FORMAT,
         imagefolder.FORMAT,
         image_text_pairs.FORMAT,
         easy_vqa.FORMAT,

@@ -10,6 +10,9 @@ from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
 
 DEFAULT_CAPTION_PROMPT = "Describe this image."
+# What a person's prompt may hold, for what each row asks; none of them in one for captions.
+FIELDS = ("{question}", "{labels}", "{phrase}")
+QUESTION, LABELS, PHRASE = FIELDS
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class Source:
         path: the folder or file that a person named.
         split: the split to read; ``None`` reads all that there is.
         image_dir: folder of the images, where it was named.
-        prompt: what the user asks about an image in caption data.
+        prompt: what the user asks, where a person chose it: about any image, or with one of ``FIELDS``.
     """
 
     path: Path
     split: str | None = None
     image_dir: Path | None = None
-    prompt: str = DEFAULT_CAPTION_PROMPT
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Format:
         splits: names of the splits that a folder or file holds; empty when it names none.
         load: yields samples in the files' order and sets bad rows aside; images are checked by the caller.
         metrics: metrics that answers in this format are scored with by default.
+        asks: which of ``FIELDS`` a prompt of one's own may hold, empty for none of them; nothing where the rows are of
+            several kinds, and a prompt is for those that it fits.
     """
 
     name: str
@@ -48,6 +53,26 @@ class Format:
     splits: Callable[[Path], tuple[str, ...]]
     load: Callable[[Source, Quarantine], Iterator[Sample]]
     metrics: tuple[str, ...] = ("exact_match",)
+    asks: tuple[str, ...] = ("",)
+
+    def prompt_problem(self, prompt: str | None) -> str | None:
+        """Return why a person's prompt does not fit the format, in words, or ``None``."""
+        if prompt is None or not self.asks or own_prompt(prompt, *self.asks) is not None:
+            return None
+        takes = " or ".join(f"one with {field}" if field else "one without a field" for field in self.asks)
+        return f"prompt is {prompt!r}; {self.name} takes {takes}"
+
+
+def own_prompt(prompt: str | None, *fields: str) -> str | None:
+    """Return a person's prompt where it is for such rows, else ``None``.
+
+    Args:
+        prompt: as it was written.
+        fields: of ``FIELDS``, what the rows ask; empty for a prompt that holds none of them.
+    """
+    if prompt is None:
+        return None
+    return prompt if next((field for field in FIELDS if field in prompt), "") in fields else None
 
 
 def first_line(path: Path) -> str:

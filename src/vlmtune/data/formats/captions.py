@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT, own_prompt
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import ImageRef, Message, Sample
 
@@ -20,17 +21,18 @@ class Caption(NamedTuple):
 
 
 def caption_samples(
-    captions: Iterable[Caption], images: Path, prompt: str, quarantine: Quarantine, *, prefix: str = ""
+    captions: Iterable[Caption], images: Path, prompt: str | None, quarantine: Quarantine, *, prefix: str = ""
 ) -> Iterator[Sample]:
     """Yield one sample a caption, the captions of an image together, its references all of them.
 
     Args:
         captions: in any order; empty ones are set aside.
         images: the folder that the images' names count from.
-        prompt: what the user asks.
+        prompt: what the user asks, where a person chose it.
         quarantine: where empty captions go.
         prefix: begins every sample's id.
     """
+    asked = own_prompt(prompt, "") or DEFAULT_CAPTION_PROMPT
     by_image: dict[str, list[Caption]] = {}
     for caption in captions:
         if caption.text.strip():
@@ -45,7 +47,7 @@ def caption_samples(
             yield Sample(
                 id=f"{prefix}{name}#{number}",
                 images=(image,),
-                messages=(Message.make("user", prompt, images=1), Message.make("assistant", text)),
+                messages=(Message.make("user", asked, images=1), Message.make("assistant", text)),
                 references=tuple(dict.fromkeys(texts)),
                 meta={"image": name} | ({"split": split} if split else {}),
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.formats.base import QUESTION, Format, Source
 from vlmtune.data.formats.files import SPLITS, chosen, find_folder, first_keys, id_prefix, json_rows, samples_of
 from vlmtune.data.formats.questions import question_sample
 from vlmtune.data.quarantine import Quarantine
@@ -48,6 +48,7 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
             [ImageRef(path=str(charts / row["imgname"]))],
             row["query"],
             [row["label"]],
+            prompt=source.prompt,
             meta={"image": row["imgname"], "source": kind},
         )
 
@@ -78,4 +79,5 @@ FORMAT = Format(
     splits=splits,
     load=load,
     metrics=("relaxed_accuracy", "exact_match"),
+    asks=(QUESTION,),
 )

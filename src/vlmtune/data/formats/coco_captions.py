@@ -12,7 +12,8 @@ from typing import Any
 
 from vlmtune.data.formats.base import Format, Source
 from vlmtune.data.formats.captions import Caption, caption_samples
-from vlmtune.data.formats.files import chosen, find_folder, has_keys, id_prefix, json_list, name_splits, plain_name
+from vlmtune.data.formats.coco import files_of, image_folders, rows_of
+from vlmtune.data.formats.files import chosen, find_folder, has_keys, id_prefix, plain_name
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
 
@@ -30,10 +31,11 @@ def splits(path: Path) -> tuple[str, ...]:
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a caption, the captions of an image together."""
     for split, file in chosen(source, _files(source.path)):
-        names = _image_names(json_list(file, "images"), file, quarantine)
+        rows = rows_of(file, "images", "annotations")
+        names = _image_names(rows["images"], file, quarantine)
         known = list(names.values())[:20]
-        images = find_folder(known, _image_folders(file), source, file.name)
-        captions = _captions(json_list(file, "annotations"), names, split or None, file, quarantine)
+        images = find_folder(known, image_folders(file, "captions_"), source, file.name)
+        captions = _captions(rows["annotations"], names, split or None, file, quarantine)
         yield from caption_samples(captions, images, source.prompt, quarantine, prefix=id_prefix(split))
 
 
@@ -61,18 +63,8 @@ def _captions(
             yield Caption(place, names[image], text, split)
 
 
-def _image_folders(file: Path) -> list[Path]:
-    tag = plain_name(file).removesuffix(".json").removeprefix("captions_")
-    roots = [file.parent.parent, file.parent] if file.parent.name == "annotations" else [file.parent]
-    return [root / place for root in roots for place in (tag, f"images/{tag}", "images", "")]
-
-
 def _files(path: Path) -> dict[str, Path]:
-    """Split name -> captions file; the name is empty for a file by itself."""
-    if path.is_file():
-        return {"": path} if _is_captions(path) else {}
-    found = [file for folder in (path, path / "annotations") if folder.is_dir() for file in sorted(folder.iterdir())]
-    return name_splits(file for file in found if file.is_file() and _is_captions(file))
+    return files_of(path, _is_captions)
 
 
 def _is_captions(file: Path) -> bool:
@@ -81,7 +73,8 @@ def _is_captions(file: Path) -> bool:
         return False
     if name.startswith("captions"):
         return has_keys(file, "images") or has_keys(file, "annotations")
-    return has_keys(file, "images", "annotations", "image_id", "caption")
+    # MDETR's RefCOCO has captions and boxes.
+    return has_keys(file, "images", "annotations", "image_id", "caption") and not has_keys(file, "bbox")
 
 
 FORMAT = Format(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.formats.base import QUESTION, Format, Source
 from vlmtune.data.formats.files import (
     RowError,
     chosen,
@@ -68,6 +68,7 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
             row["question"],
             row.get("answers") or (),
             target=(row.get("answers") or [None])[0],
+            prompt=source.prompt,
             meta=meta,
         )
 
@@ -95,4 +96,5 @@ FORMAT = Format(
     splits=splits,
     load=load,
     metrics=("anls", "exact_match"),
+    asks=(QUESTION,),
 )

@@ -7,14 +7,16 @@ A folder with ``train/`` and ``test/``, each with ``questions.json`` (``[questio
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.formats.base import QUESTION, Format, Source
+from vlmtune.data.formats.files import RowError, chosen, id_prefix, json_rows, samples_of
+from vlmtune.data.formats.questions import question_sample
 from vlmtune.data.quarantine import Quarantine
-from vlmtune.data.sample import ImageRef, Message, Sample
-from vlmtune.errors import DataError, MissingDependencyError, nearest
+from vlmtune.data.sample import ImageRef, Sample
+from vlmtune.errors import MissingDependencyError
 
 PACKAGE_NAME = "easy-vqa"
 COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
@@ -47,45 +49,33 @@ def splits(path: Path) -> tuple[str, ...]:
 
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a question."""
-    folders = _folders(source.path)
-    if source.split is not None and source.split not in folders:
-        names = [name for name in folders if name]
-        has = f"it has {', '.join(names)}" if names else "its questions are not split; leave the split out"
-        raise DataError(f"{source.path} has no split {source.split!r}; {has}.{nearest(source.split, names)}")
-    for split, folder in folders.items():
-        if source.split in (None, split):
-            yield from _load_folder(folder, split, source, quarantine)
+    for split, folder in chosen(source, _folders(source.path)):
+        yield from _load_folder(folder, id_prefix(split), source, quarantine)
 
 
-def _load_folder(folder: Path, split: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
+def _load_folder(folder: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     file = folder / "questions.json"
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}). Download it again.") from error
     images = source.image_dir or folder / "images"
-    prefix = f"{split}/" if split else ""
     numbers: dict[int | str, int] = {}
-    for index, row in enumerate(rows):
-        place = f"{file}, row {index}"
-        if not isinstance(row, list) or len(row) != 3:
-            quarantine.add(place, "unreadable row", f"{row!r} is not [question, answer, image number]")
-            continue
+
+    def make(_: str, row: Any) -> Sample:
         question, answer, image = row
         if not isinstance(image, int | str):
-            quarantine.add(place, "unreadable row", f"{row!r} names no image by number")
-            continue
-        if not str(question or "").strip() or answer is None or not str(answer).strip():
-            quarantine.add(place, "empty text", f"{row!r} has an empty question or answer")
-            continue
-        number = numbers[image] = numbers.get(image, -1) + 1
-        yield Sample(
-            id=f"{prefix}{image}#{number}",
-            images=(ImageRef(path=str(images / f"{image}.png")),),
-            messages=(Message.make("user", str(question), images=1), Message.make("assistant", str(answer))),
-            references=(str(answer),),
+            raise RowError(f"{row!r} names no image by number", "unreadable row")
+        number = numbers.get(image, -1) + 1
+        sample = question_sample(
+            f"{prefix}{image}#{number}",
+            [ImageRef(path=str(images / f"{image}.png"))],
+            question,
+            [answer],
+            prompt=source.prompt,
             meta={"answer_type": _answer_type(str(answer)), "image": f"{image}.png"},
         )
+        numbers[image] = number
+        return sample
+
+    rows = ((f"{prefix}{place}", row) for place, _, row in json_rows(file, quarantine))
+    yield from samples_of(rows, make, quarantine)
 
 
 def _answer_type(answer: str) -> str:
@@ -116,4 +106,5 @@ FORMAT = Format(
     splits=splits,
     load=load,
     metrics=("exact_match", "vqa_accuracy"),
+    asks=(QUESTION,),
 )

@@ -18,7 +18,7 @@ from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError, nearest
 
 COMPRESSIONS = (".gz", ".zst")
-SPLITS = ("train", "validation", "val", "test", "dev")
+SPLITS = ("train", "validation", "valid", "val", "test", "dev")
 # What stands before the number of a file of no split.
 UNNAMED = ("data", "part", "shard")
 HEAD = 65_536
@@ -27,7 +27,7 @@ Layout = Literal["lines", "list", "object"]
 # What holds a split: a file, several, a folder.
 Part = TypeVar("Part")
 
-_SPLIT = re.compile(r"(?<![a-z])(train|validation|val|test|dev)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?P<name>.+)-\d{5,}(-of-\d+)?\.\w+$")
 _KEY = re.compile(r'"(\w+)"\s*:')
 _DECODER = json.JSONDecoder()

@@ -107,4 +107,5 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
+    asks=(),
 )

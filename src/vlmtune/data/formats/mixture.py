@@ -71,7 +71,9 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     for entry in entries:
         own = Quarantine()
         image_dir = entry.image_dir or source.image_dir
-        place = Source(entry.place, entry.split or source.split, image_dir, entry.prompt or source.prompt)
+        # What the recipe asks is for those data sets that it fits.
+        inherited = None if entry.format.prompt_problem(source.prompt) else source.prompt
+        place = Source(entry.place, entry.split or source.split, image_dir, entry.prompt or inherited)
         loaded.append(list(Placer(entry.place, image_dir).samples(entry.format.load(place, own), own)))
         for row in own.rows:
             quarantine.add(f"{entry.name}/{row.id}", row.kind, row.reason)
@@ -169,6 +171,8 @@ def _entry(row: Any) -> _Entry | list[str]:
         return [str(error).splitlines()[0]]
     if format is FORMAT:
         return [f"{place} is a mixture itself; list its data sets here"]
+    if problem := format.prompt_problem(row.get("prompt")):
+        return [problem]
     folder = absolute(row["image_dir"]) if "image_dir" in row else None
     name = row.get("name") or Path(row["path"]).expanduser().resolve().stem
     return _Entry(
@@ -183,4 +187,5 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
+    asks=(),
 )

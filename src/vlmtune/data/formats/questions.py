@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from vlmtune.data.formats.base import QUESTION, own_prompt
 from vlmtune.data.formats.files import RowError
 from vlmtune.data.sample import ImageRef, Message, Sample
 
@@ -22,6 +23,7 @@ def question_sample(
     answers: Sequence[Any],
     *,
     target: Any = None,
+    prompt: str | None = None,
     meta: dict[str, Any] | None = None,
 ) -> Sample:
     """Make a sample of a question and its answers.
@@ -33,6 +35,7 @@ def question_sample(
         answers: every answer that counts as right, repeats kept: how often people gave one is part of VQA accuracy.
             None of them makes a sample without an answer.
         target: the answer to learn; by default the most frequent one, the first of several.
+        prompt: a person's own, where ``{question}`` stands for the question.
         meta: whatever the format knows besides.
 
     Raises:
@@ -45,7 +48,9 @@ def question_sample(
     chosen = _text(target) or (Counter(references).most_common(1)[0][0] if references else "")
     if (references or target is not None) and (not chosen or not all(references)):
         raise RowError(f"the question {text[:60]!r} has an empty answer", "empty text")
-    messages = [Message.make("user", text, images=len(images))]
+    own = own_prompt(prompt, QUESTION)
+    asked = text if own is None else own.replace(QUESTION, text)
+    messages = [Message.make("user", asked, images=len(images))]
     if chosen:
         messages.append(Message.make("assistant", chosen))
     return Sample(id, tuple(images), tuple(messages), tuple(references) or ((chosen,) if chosen else ()), meta or {})

@@ -43,7 +43,7 @@ def row_format(*, name: str, looks_like: str, wants: Callable[[Collection[str]],
         for split, file in chosen(source, found):
             yield from _load_file(file, id_prefix(split), source, quarantine)
 
-    return Format(name=name, looks_like=looks_like, detect=detect, splits=splits, load=load)
+    return Format(name=name, looks_like=looks_like, detect=detect, splits=splits, load=load, asks=())
 
 
 def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:

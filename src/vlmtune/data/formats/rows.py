@@ -2,20 +2,23 @@
 
 Columns, the first that fit: ``messages``; ``conversations`` (LLaVA and ShareGPT: ``from`` and ``value``); ``prompt``
 and ``completion`` (TRL); ``texts`` (the Cauldron: ``user`` and ``assistant``); ``question`` with ``answer`` or
-``answers`` (and ``choices``); ``text`` or ``caption``. Images stand in ``images``, ``image``, ``image_path`` or
-``file_name``.
+``answers`` (and ``choices``); ``objects`` with ``bbox`` and their labels, boxes as COCO has them (imagefolder, many
+data sets on the Hub); ``bbox`` with ``sent``, ``expression`` or ``phrase`` (RefCOCO as Shikra, Qwen-VL and InternVL
+write it: left, top, right, bottom); ``text`` or ``caption``. Images stand in ``images``, ``image``, ``image_path`` or
+``file_name``, ``img_path``.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
+from vlmtune.data.boxes import MOST_LABELS, BoxError, box_of, boxes_sample
+from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT, LABELS, PHRASE, own_prompt
 from vlmtune.data.formats.files import RowError
 from vlmtune.data.formats.questions import LETTERS, choice_question, question_sample
 from vlmtune.data.sample import ROLES, ImageRef, Message, Part, Sample
@@ -23,7 +26,9 @@ from vlmtune.data.sample import ROLES, ImageRef, Message, Part, Sample
 PLACE = "<image>"
 # Names that other tools write for the same roles.
 ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "model": "assistant"}
-IMAGE_COLUMNS = ("images", "image", "image_path", "file_name")
+IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", "img_path")
+PHRASE_COLUMNS = ("sent", "expression", "phrase")
+LABEL_FIELDS = ("category", "categories", "label", "labels", "category_id", "name")
 CAPTION_COLUMNS = ("caption", "captions", "text")
 
 
@@ -38,20 +43,27 @@ def shape_of(columns: Collection[str]) -> str | None:
         return "texts"
     if "question" in columns and ("answer" in columns or "answers" in columns):
         return "question"
+    if has_image and "objects" in columns:
+        return "objects"
+    if has_image and "bbox" in columns and any(name in columns for name in PHRASE_COLUMNS):
+        return "bbox"
     # A row with a number of a question and a text asks something; its text is no caption.
     if has_image and "question_id" not in columns:
         return next((name for name in CAPTION_COLUMNS if name in columns), None)
     return None
 
 
-def make_sample(row: Any, default_id: str, images: Path, *, prompt: str = DEFAULT_CAPTION_PROMPT) -> Sample:
+def make_sample(
+    row: Any, default_id: str, images: Path, *, prompt: str | None = None, labels: Sequence[str] = ()
+) -> Sample:
     """Make a sample of a row.
 
     Args:
         row: an object of any of the shapes above.
         default_id: its id where it has none.
         images: the folder that paths count from.
-        prompt: what the user asks where the row holds a caption.
+        prompt: a person's own, for the rows that it fits.
+        labels: of the numbers that stand for objects' labels, where they are known.
 
     Raises:
         RowError: the row has none of the shapes, or what it holds cannot be used.
@@ -61,13 +73,17 @@ def make_sample(row: Any, default_id: str, images: Path, *, prompt: str = DEFAUL
     shape = shape_of([name for name, value in row.items() if value is not None])
     name = default_id if row.get("id") is None else str(row["id"])
     if shape == "question":
-        return _question(row, name, images)
+        return _question(row, name, images, prompt)
+    if shape == "objects":
+        return _objects(row, name, images, prompt, labels)
+    if shape == "bbox":
+        return _grounding(row, name, images, prompt)
     if shape in CAPTION_COLUMNS:
         given = row[shape]
         texts = [str(text).strip() for text in (given if isinstance(given, list) else [given])]
         if not texts or not all(texts):
             raise RowError("its caption is empty", "empty caption")
-        turns: Any = _turns(prompt, texts[0])
+        turns: Any = _turns(own_prompt(prompt, "") or DEFAULT_CAPTION_PROMPT, texts[0])
         row = {"references": list(dict.fromkeys(texts))} | dict(row)
     elif shape == "completion":
         turns = _turns(row["prompt"], row["completion"])
@@ -111,19 +127,76 @@ def _turn(turn: Any) -> Any:
     return turn
 
 
-def _question(row: Mapping[str, Any], name: str, images: Path) -> Sample:
+def _question(row: Mapping[str, Any], name: str, images: Path, prompt: str | None) -> Sample:
     refs = listed_images(row, images)
     meta = _meta(row)
     if row.get("choices"):
         question, letter, letters = choice_question(row["question"], row["choices"], row.get("answer"), row.get("hint"))
-        return question_sample(name, refs, question, [letter], meta={**meta, LETTERS: letters})
+        return question_sample(name, refs, question, [letter], prompt=prompt, meta={**meta, LETTERS: letters})
     answer, answers = row.get("answer"), row.get("answers")
     if answers is None and isinstance(answer, list):
         answer, answers = None, answer
     given = answers if isinstance(answers, list) else [answer if answers is None else answers]
     texts = [item.get("answer") if isinstance(item, Mapping) else item for item in given]
     question = str(row["question"]).replace(PLACE, "").strip("\n") if refs else row["question"]
-    return question_sample(name, refs, question, texts, target=row.get("multiple_choice_answer", answer), meta=meta)
+    target = row.get("multiple_choice_answer", answer)
+    return question_sample(name, refs, question, texts, target=target, prompt=prompt, meta=meta)
+
+
+def _objects(row: Mapping[str, Any], name: str, images: Path, prompt: str | None, labels: Sequence[str]) -> Sample:
+    found = row["objects"]
+    # A list of objects, or an object of lists: Arrow and datasets write either.
+    if isinstance(found, Mapping):
+        keys = [key for key in found if isinstance(found[key], list)]
+        found = [dict(zip(keys, values, strict=True)) for values in zip(*(found[key] for key in keys), strict=True)]
+    size = _size(row)
+    try:
+        boxes = [box_of(one["bbox"], _label(one, labels), size=size, sides=True) for one in found]
+    except BoxError as error:
+        raise RowError(str(error), "unusable box") from error
+    ask = labels if len(labels) <= MOST_LABELS else ()
+    own = own_prompt(prompt, "", LABELS)
+    return boxes_sample(
+        name, _one_image(row, images), boxes, task="detection", ask=ask, prompt=own, size=size, meta=_meta(row)
+    )
+
+
+def _label(one: Mapping[str, Any], labels: Sequence[str]) -> str:
+    label = next((one[field] for field in LABEL_FIELDS if one.get(field) is not None), None)
+    if label is None or not str(label).strip():
+        raise RowError(f"the object {str(one)[:80]} has no label", "unusable box")
+    if isinstance(label, int) and labels:
+        if not 0 <= label < len(labels):
+            raise RowError(f"the label {label} is none of the {len(labels)} that the data names", "unusable box")
+        return labels[label]
+    return str(label)
+
+
+def _grounding(row: Mapping[str, Any], name: str, images: Path, prompt: str | None) -> Sample:
+    phrase = next(str(row[column]).strip() for column in PHRASE_COLUMNS if row.get(column) is not None)
+    if not phrase:
+        raise RowError("its phrase is empty", "empty text")
+    size = _size(row)
+    try:
+        box = box_of(row["bbox"], phrase, size=size)
+    except BoxError as error:
+        raise RowError(str(error), "unusable box") from error
+    own = own_prompt(prompt, PHRASE)
+    return boxes_sample(
+        name, _one_image(row, images), [box], task="grounding", ask=phrase, prompt=own, size=size, meta=_meta(row)
+    )
+
+
+def _one_image(row: Mapping[str, Any], images: Path) -> ImageRef:
+    found = listed_images(row, images)
+    if len(found) != 1:
+        raise RowError(f"it has boxes and {len(found)} images; it needs one")
+    return found[0]
+
+
+def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
+    width, height = row.get("width"), row.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
 
 
 def _meta(row: Mapping[str, Any]) -> dict[str, Any]:

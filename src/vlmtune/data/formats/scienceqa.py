@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.formats.base import QUESTION, Format, Source
 from vlmtune.data.formats.files import find_folder, head_of, read_json, require_split, samples_of
 from vlmtune.data.formats.questions import LETTERS, choice_question, question_sample
 from vlmtune.data.quarantine import Quarantine
@@ -49,7 +49,7 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
         refs = [ImageRef(path=str(images / _image(number, row)))] if row.get("image") else []
         question, letter, letters = choice_question(row["question"], row["choices"], row["answer"], row.get("hint"))
         meta = {name: row[name] for name in ("split", "subject", "topic") if row.get(name)} | {LETTERS: letters}
-        return question_sample(number, refs, question, [letter], meta=meta)
+        return question_sample(number, refs, question, [letter], prompt=source.prompt, meta=meta)
 
     rows = ((f"{file.name}, problem {number}", (number, row)) for number, row in chosen.items())
     yield from samples_of(rows, make, quarantine)
@@ -94,4 +94,5 @@ FORMAT = Format(
     splits=splits,
     load=load,
     metrics=("multiple_choice",),
+    asks=(QUESTION,),
 )

@@ -131,4 +131,5 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
+    asks=(),
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.formats.base import QUESTION, Format, Source
 from vlmtune.data.formats.files import (
     RowError,
     find_folder,
@@ -79,6 +79,7 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
             row["question"],
             [answer["answer"] for answer in found.get("answers", ())],
             target=found.get("multiple_choice_answer"),
+            prompt=source.prompt,
             meta=meta | {"image": form.format(image)},
         )
 
@@ -147,4 +148,5 @@ FORMAT = Format(
     splits=splits,
     load=load,
     metrics=("vqa_accuracy", "exact_match"),
+    asks=(QUESTION,),
 )

@@ -1,5 +1,6 @@
 """Gemma-3 (4B, 12B, 27B): SigLIP tower, average-pooling projector, sliding and full attention layers."""
 
+from vlmtune.models.boxes import json_codec
 from vlmtune.models.family import ATTENTION_AND_MLP, Family
 
 GEMMA3 = Family(
@@ -29,6 +30,12 @@ GEMMA3 = Family(
     refused_dtypes={"float16": "its activations pass 65,504, the largest float16, and become infinite"},
     sharing=True,
     feature_cache=True,
+    boxes=json_codec(
+        "box_2d",
+        "Gemini's (ai.google.dev/gemini-api/docs/image-understanding), whose smaller kin it is; Gemma-3's own "
+        "report names none",
+        y_first=True,
+    ),
     min_transformers="5.23",
     paper="https://arxiv.org/abs/2503.19786",
     licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",

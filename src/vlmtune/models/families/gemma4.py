@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from vlmtune.models.boxes import json_codec
 from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
 
@@ -80,6 +81,7 @@ GEMMA4 = Family(
     opening="<|channel>thought\n<channel|>",
     sharing=True,
     feature_cache=True,
+    boxes=json_codec("box_2d", "ai.google.dev/gemma/docs/capabilities/vision, object detection", y_first=True),
     features_listed=True,
     min_transformers="5.23",
     paper="https://ai.google.dev/gemma/docs/core/model_card_4",

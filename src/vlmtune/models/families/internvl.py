@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmtune.models.boxes import BoxCodec, read_lists, write_ref_box
 from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
 
@@ -41,6 +42,18 @@ INTERNVL = Family(
     layout=layout,
     sharing=True,
     feature_cache=True,
+    boxes=BoxCodec(
+        write_ref_box,
+        read_lists,
+        "internvl.readthedocs.io, chat data format, grounding and detection data",
+        asks={
+            "detection": "Please detect and label all objects of these kinds in the following image and mark their "
+            "positions: {labels}.",
+            "everything": "Please detect and label all objects in the following image and mark their positions.",
+            "grounding": "Please provide the bounding box coordinate of the region this sentence describes: "
+            "<ref>{phrase}</ref>",
+        },
+    ),
     min_transformers="5.23",
     paper="https://arxiv.org/abs/2504.10479",
     licence="Apache-2.0, and of its language model: Qwen License",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmtune.models.boxes import NOTHING, BoxCodec, View, Written, read_lists, whole
 from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
 
@@ -15,6 +16,24 @@ def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
     crop = processor.image_processor.crop_size
     pixels = np.broadcast_to(np.float32(0), (3, crop["height"], crop["width"]))
     return {"pixel_values": [pixels] * len(sizes)}
+
+
+def view(processor: Any, size: Size) -> View:
+    """The square in the middle where the processor crops, or the square that it fills the image up to."""
+    images, (height, width) = processor.image_processor, size
+    if getattr(images, "do_pad", False):
+        side = max(size)
+    elif images.do_center_crop:
+        side = min(size)
+    else:
+        return whole(processor, size)
+    return View((width - side) / 2, (height - side) / 2, side, side, (side, side))
+
+
+def write_boxes(boxes: Sequence[Written], task: str) -> str:
+    """``[x1, y1, x2, y2]`` for a phrase; for objects a line each, the label before it."""
+    rows = [str(list(numbers)) if task == "grounding" else f"{label} {list(numbers)}" for numbers, label in boxes]
+    return "\n".join(rows) or NOTHING
 
 
 def unused(config: Any) -> Sequence[str]:
@@ -57,6 +76,18 @@ LLAVA = Family(
     unused=unused,
     sharing=True,
     feature_cache=True,
+    # Two digits in LLaVA's own data; three keep a box of a large image within a pixel.
+    boxes=BoxCodec(
+        write_boxes,
+        read_lists,
+        "github.com/haotian-liu/LLaVA, llava_v1_5_mix665k (RefCOCO, Visual Genome), issue 606",
+        scale=1,
+        digits=3,
+        asks={
+            "grounding": "Please provide the bounding box coordinate of the region this sentence describes: {phrase}."
+        },
+    ),
+    view=view,
     features_listed=True,
     min_transformers="5.23",
     paper="https://arxiv.org/abs/2310.03744",

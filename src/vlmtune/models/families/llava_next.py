@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmtune.models.boxes import whole
 from vlmtune.models.families.llava import LLAVA
 from vlmtune.models.family import Size
 
@@ -29,6 +30,8 @@ LLAVA_NEXT = dataclasses.replace(
     image_inputs=("pixel_values", "image_sizes"),
     projector_parameters=("model.image_newline",),
     sized=True,
+    # Beside the tiles it sees the whole image.
+    view=whole,
     layout=layout,
     licence="of its language model: Apache-2.0 (Mistral), Llama 2 Community License (Vicuna), Llama 3",
     source="transformers/models/llava_next/modeling_llava_next.py, processing_llava_next.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmtune.models.boxes import BoxCodec, read_locations, write_locations
 from vlmtune.models.family import ATTENTION_AND_MLP, Family
 
 
@@ -56,6 +57,16 @@ PALIGEMMA = Family(
     image_token_attribute="image_token_id",
     needs_token_type_ids=True,
     render=render,
+    boxes=BoxCodec(
+        write_locations,
+        read_locations,
+        "arXiv:2407.07726, appendix; ai.google.dev/gemma/docs/paligemma/prompt-system-instructions",
+        scale=1024,
+        largest=1023,
+        y_first=True,
+        asks={"detection": "detect {labels}", "everything": "detect objects", "grounding": "detect {phrase}"},
+        joiner=" ; ",
+    ),
     sharing_reason="its image tokens attend to the question, so they are others for every question",
     cache_reason="features are kept for rows that share images, which this family cannot have",
     # Gemma 2, of PaliGemma 2, has eager attention only; Gemma, of PaliGemma 1, has the others too.

@@ -9,19 +9,41 @@ from typing import Any
 
 import numpy as np
 
+from vlmtune.models.boxes import BoxCodec, View, json_codec, read_pairs, whole, write_pairs
 from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
 
+# Of Qwen3-VL's and Qwen2.5-VL's cookbooks on grounding.
+ASKS = {
+    "detection": 'Locate every instance that belongs to the following categories: "{labels}". Report bbox coordinates '
+    "in JSON format.",
+    "everything": "Locate every object in the image. Report bbox coordinates and labels in JSON format.",
+    "grounding": "Locate {phrase}, output its bbox coordinates using JSON format.",
+}
 
-def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
-    """The grid (time, height, width) of patches into which an image is cut, by its size."""
+
+def resized(processor: Any, size: Size) -> Size:
+    """Height and width of an image as the model sees it."""
     # Records are read where nothing else needs transformers, such as by `vlmtune families`.
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     images = processor.image_processor
     factor = images.patch_size * images.merge_size
     least, most = images.size["shortest_edge"], images.size["longest_edge"]
-    resized = [smart_resize(*size, factor=factor, min_pixels=least, max_pixels=most) for size in sizes]
-    return {"image_grid_thw": np.array([(1, h // images.patch_size, w // images.patch_size) for h, w in resized])}
+    height, width = smart_resize(*size, factor=factor, min_pixels=least, max_pixels=most)
+    return height, width
+
+
+def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
+    """The grid (time, height, width) of patches into which an image is cut, by its size."""
+    patch = processor.image_processor.patch_size
+    seen = [resized(processor, size) for size in sizes]
+    return {"image_grid_thw": np.array([(1, height // patch, width // patch) for height, width in seen])}
+
+
+def view(processor: Any, size: Size) -> View:
+    """The whole image, in pixels of what the model sees of it."""
+    height, width = resized(processor, size)
+    return dataclasses.replace(whole(processor, size), seen=(width, height))
 
 
 def positions_of(processor: Any, image_flags: Sequence[int], inputs: Mapping[str, Any]) -> list[list[int]]:
@@ -81,6 +103,18 @@ QWEN2_VL = Family(
     sharing=True,
     feature_cache=True,
     features_listed=True,
+    boxes=BoxCodec(
+        write_pairs,
+        read_pairs,
+        "arXiv:2409.12191, section 2.2.1 and table of special tokens",
+        # Within [0, 1000).
+        largest=999,
+        asks={
+            "detection": "Detect all objects of these kinds in the image: {labels}.",
+            "everything": "Detect all objects in the image.",
+            "grounding": "Detect the bounding box of <|object_ref_start|>{phrase}<|object_ref_end|>.",
+        },
+    ),
     min_transformers="5.23",
     paper="https://arxiv.org/abs/2409.12191",
     licence="Apache-2.0 (2B, 7B); Qwen License (72B)",
@@ -99,6 +133,14 @@ QWEN2_5_VL = dataclasses.replace(
         "projector": ("0", "2"),
         "vision": ("qkv", "proj", "gate_proj", "up_proj", "down_proj"),
     },
+    boxes=json_codec(
+        "bbox_2d",
+        "arXiv:2502.13923, section 2.2.1; github.com/QwenLM/Qwen3-VL, Qwen2.5-VL's cookbook on spatial understanding",
+        fenced=True,
+        scale=None,
+        asks=ASKS,
+    ),
+    view=view,
     paper="https://arxiv.org/abs/2502.13923",
     licence="Apache-2.0 (7B, 32B); Qwen Research License (3B); Qwen License (72B)",
     source="transformers/models/qwen2_5_vl/modeling_qwen2_5_vl.py, processing_qwen2_5_vl.py",
@@ -117,6 +159,7 @@ QWEN3_VL = dataclasses.replace(
         # The mergers of the layers that are added deeper in the language model lie in the tower.
         "vision": ("qkv", "proj", "linear_fc1", "linear_fc2"),
     },
+    boxes=json_codec("bbox_2d", "github.com/QwenLM/Qwen3-VL, cookbooks/2d_grounding.ipynb", fenced=True, asks=ASKS),
     paper="https://arxiv.org/abs/2511.21631",
     licence="Apache-2.0",
     source="transformers/models/qwen3_vl/modeling_qwen3_vl.py, processing_qwen3_vl.py",

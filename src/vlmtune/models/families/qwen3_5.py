@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlmtune.models.families.qwen2_vl import QWEN2_VL
+from vlmtune.models.families.qwen2_vl import QWEN2_VL, QWEN3_VL
 from vlmtune.models.family import ATTENTION_AND_MLP
 
 QWEN3_5 = dataclasses.replace(
@@ -28,6 +28,7 @@ QWEN3_5 = dataclasses.replace(
     ),
     feature_cache=False,
     cache_reason="features are kept for rows that share images, which this family cannot have",
+    boxes=QWEN3_VL.boxes,
     paper="https://qwen.ai/blog?id=qwen3.5",
     licence="Apache-2.0",
     source="transformers/models/qwen3_5/modeling_qwen3_5.py, ../qwen3_vl/processing_qwen3_vl.py",
