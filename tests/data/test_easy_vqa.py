@@ -78,7 +78,7 @@ def test_a_folder_of_one_split_is_recognised(vqa_folder: Callable[..., Path], te
     folder = vqa_folder(_=text)
     assert easy_vqa.splits(folder) == ()
     assert load_samples(folder).dataset["id"][:] == ["0#0", "0#1", "1#0"]
-    with pytest.raises(DataError, match="no split 'train'; its questions are not split"):
+    with pytest.raises(DataError, match="no split 'train'; its rows are not split"):
         load_samples(folder, split="train")
 
 

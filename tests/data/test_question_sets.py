@@ -10,6 +10,7 @@ import pytest
 from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import Sample
+from vlmtune.errors import DataError
 
 
 def read(place: Path, **options: Any) -> list[Sample]:
@@ -79,3 +80,20 @@ def test_bad_scienceqa_problems(layouts: Any, row: dict[str, Any], found: str) -
 @pytest.mark.parametrize(("answer", "letter"), [(0, "A"), ("a bird", "B"), ("b", "B")])
 def test_answers_by_number_text_or_letter(layouts: Any, answer: Any, letter: str) -> None:
     assert read(layouts.scienceqa(answer=answer, hint="", image=None))[-1].target == letter
+
+
+@pytest.mark.parametrize("name", ["vqav2", "docvqa", "chartqa", "scienceqa", "easy_vqa"])
+def test_a_prompt_of_ones_own_holds_the_question(layouts: Any, name: str) -> None:
+    place = getattr(layouts, name)()
+    plain = load_samples(place).dataset
+    asked = load_samples(place, prompt="Q: {question}\nIn one word.").dataset
+    for before, after in zip(map(Sample.from_row, plain), map(Sample.from_row, asked), strict=True):
+        assert after.prompt[-1].text == f"Q: {before.prompt[-1].text}\nIn one word."
+        assert after.target == before.target
+    with pytest.raises(DataError, match=rf"prompt is 'Describe\.'; {name} takes one with \{{question\}}"):
+        load_samples(place, prompt="Describe.")
+
+
+def test_captions_take_no_question(layouts: Any) -> None:
+    with pytest.raises(DataError, match="flickr takes one without a field"):
+        load_samples(layouts.flickr(), prompt="{question}")

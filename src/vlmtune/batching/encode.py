@@ -163,7 +163,8 @@ class Encoder:
             return {}
         sized, most = self.family.sized, self.max_pixels
         sizes = [upright_size(image, max_pixels=most) if sized else (0, 0) for image in sample.images]
-        return self._taken(sample, self.family.layout, sizes)
+        layout: Mapping[str, Any] = self._taken(sample, self.family.layout, sizes)
+        return layout
 
     def _taken(self, sample: Sample, of_family: Callable[[Any, Any], Any], sizes: Any) -> Any:
         """Ask the family about images of some sizes, which it may not take."""

@@ -24,6 +24,8 @@ Corners = tuple[float, float, float, float]
 ASK_LABELS = "Detect all objects of these kinds: {labels}. Give the box and the label of each."
 ASK_ALL = "Detect all objects in this image. Give the box and the label of each."
 ASK_PHRASE = "Give the box of what this describes: {phrase}"
+# What answers are scored with by default.
+METRICS: dict[Task, tuple[str, ...]] = {"detection": ("map", "map50"), "grounding": ("iou", "acc@0.5")}
 # More labels are not listed in a prompt.
 MOST_LABELS = 100
 

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from rich.progress import track
 
 from vlmtune.data import images
-from vlmtune.data.formats import Source
+from vlmtune.data.boxes import BOXES, METRICS
+from vlmtune.data.formats import FORMATS, Source
 from vlmtune.data.hashes import row_hashes
 from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
@@ -50,6 +51,13 @@ class LoadedData:
     quarantine: Quarantine
     format: str
     source: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics that answers are scored with by default: the format's, or those of boxes where all answers are."""
+        tasks = {json.loads(meta or "{}").get(BOXES, {}).get("task") for meta in self.dataset["meta"]}
+        task = tasks.pop() if len(tasks) == 1 else None
+        return METRICS[task] if task else FORMATS[self.format].metrics
 
 
 class DataOptions(Protocol):

@@ -20,7 +20,6 @@ from vlmtune.config import (
     VLMDataArguments,
 )
 from vlmtune.config.serving import PredictArguments
-from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import (
     LoadedData,
     load_samples,
@@ -65,7 +64,7 @@ def run_evaluation(
         get_metric(name)
     data = load_evaluation_data(data_args)
     data = stratified(data, evaluation_args.eval_samples, data_args.split_seed)
-    metrics = evaluation_args.metrics or list(FORMATS[data.format].metrics)
+    metrics = evaluation_args.metrics or [get_metric(name).name for name in data.metrics]
     compared = read_predictions(output_args.compare_to) if output_args.compare_to else None
     folder = evaluation_folder(model_args, adapter_args, output_args)
     logger.info("evaluating on %s samples of %s", f"{len(data.dataset):,}", data.source)

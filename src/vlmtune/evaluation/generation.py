@@ -104,7 +104,11 @@ class AnswerGenerator:
     def __call__(self, samples: Sequence[Sample]) -> list[Answer]:
         """Answer each sample's prompt, in order; equal prompts about equal images are answered once."""
         with self.evaluating(), self._seeded(samples):
-            return self._answers(samples)
+            answers = self._answers(samples)
+        return [
+            dataclasses.replace(answer, text=self.encoder.answer(sample, answer.text))
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -145,11 +149,7 @@ class AnswerGenerator:
         answers: dict[int, Answer] = {}
         for batch, found in self._shared(prompts) if self.share else self._separate(prompts):
             answers |= dict(zip(batch, found, strict=True))
-        found = [answers[places[sample.images, sample.prompt]] for sample in samples]
-        return [
-            dataclasses.replace(answer, text=self.encoder.answer(sample, answer.text))
-            for sample, answer in zip(samples, found, strict=True)
-        ]
+        return [answers[places[sample.images, sample.prompt]] for sample in samples]
 
     def _encode(self, samples: Sequence[Sample]) -> list[Prompt]:
         prompts, decoded = [], dict[Any, Any]()

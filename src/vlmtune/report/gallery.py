@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmtune.data.boxes import BOXES
 from vlmtune.report.analysis import Analysis, choose_samples
 from vlmtune.report.boxes import UNITS, Box, boxes_of, on_picture, units_of
 from vlmtune.report.pictures import Picture, thumbnails
@@ -41,7 +42,8 @@ def gallery(analysis: Analysis) -> Gallery:
     pictures = thumbnails(list(first_images.values()))
     seen = {index: pictures[name] for index, name in first_images.items() if name in pictures}
     wanted = {index: boxes_of(last[index].references[0]) for index in seen}
-    units = units_of((boxes, seen[index].original) for index, boxes in wanted.items())
+    told = all(BOXES in last[index].meta for index, boxes in wanted.items() if boxes)
+    units = "pixels" if told else units_of((boxes, seen[index].original) for index, boxes in wanted.items())
     cards = []
     for index, groups in chosen.items():
         card = _card(analysis, index) | {"groups": groups, "picture": seen.get(index), "boxes": []}

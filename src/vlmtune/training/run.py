@@ -17,7 +17,6 @@ from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.batching.scan import Scan, scan
 from vlmtune.batching.sharing import describe_saving
 from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
-from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import LoadedData, fingerprint, load_train_and_eval
 from vlmtune.errors import ConfigError
 from vlmtune.models.families import get_family
@@ -225,7 +224,7 @@ def _answer_scorer(
     return AnswerScorer(
         rows,
         processor,
-        options.metrics or FORMATS[data.format].metrics,
+        options.metrics or data.metrics,
         options,
         count=args.eval_answers,
         seed=data_args.split_seed,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.boxes import MOST_LABELS, Box, BoxError, box_of, boxes_sample
+from vlmtune.data.boxes import METRICS, MOST_LABELS, Box, BoxError, box_of, boxes_sample
 from vlmtune.data.formats.base import LABELS, Format, Source
 from vlmtune.data.formats.coco import files_of, image_folders, rows_of
 from vlmtune.data.formats.files import RowError, chosen, find_folder, has_keys, id_prefix, plain_name, samples_of
@@ -105,6 +105,6 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
-    metrics=("map", "map50"),
+    metrics=METRICS["detection"],
     asks=("", LABELS),
 )

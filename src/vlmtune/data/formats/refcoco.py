@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.boxes import BoxError, box_of, boxes_sample
+from vlmtune.data.boxes import METRICS, BoxError, box_of, boxes_sample
 from vlmtune.data.formats.base import PHRASE, Format, Source
 from vlmtune.data.formats.coco import files_of, rows_of
 from vlmtune.data.formats.files import (
@@ -179,6 +179,6 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
-    metrics=("iou", "acc@0.5"),
+    metrics=METRICS["grounding"],
     asks=(PHRASE,),
 )
