@@ -158,4 +158,5 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
+    asks=(),
 )
