@@ -25,7 +25,10 @@ class VLMDataArguments(Checked):
 
     _argument_group_name = "data"
 
-    dataset_path: str = option(help="The data: a folder, or the file with the captions, questions or messages.")
+    dataset_path: str = option(
+        help="The data: a folder, the file with the captions, questions or messages, or hf://OWNER/NAME for a data "
+        "set of the Hugging Face Hub."
+    )
     dataset_format: str = option(
         "auto", help="Format of the data, such as flickr, easy_vqa or messages; auto recognises it by its files."
     )
@@ -41,6 +44,11 @@ class VLMDataArguments(Checked):
         None,
         help="What the user asks: of caption data the same about every image, by default 'Describe this image.'; of "
         "question data a text with {question}, of boxes one with {labels} or {phrase}.",
+    )
+    columns: list[str] | None = option(
+        None,
+        help="NAME=COLUMN pairs for rows whose columns have other names than vlmtune reads, such as image=photo "
+        "caption=description.",
     )
     max_train_samples: int | None = option(
         None, help="Train on this many samples, drawn at random by split_seed; by default on all."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from rich.progress import track
 from vlmtune.data import images
 from vlmtune.data.boxes import BOXES, METRICS
 from vlmtune.data.formats import FORMATS, Source
+from vlmtune.data.formats.rows import renaming
 from vlmtune.data.hashes import row_hashes
 from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
@@ -70,6 +71,7 @@ class DataOptions(Protocol):
     eval_dataset_path: str | None
     image_dir: str | None
     prompt: str | None
+    columns: list[str] | None
     max_train_samples: int | None
     max_eval_samples: int | None
     validation_fraction: float
@@ -86,6 +88,7 @@ def load_samples(
     split: str | None = None,
     image_dir: str | Path | None = None,
     prompt: str | None = None,
+    columns: Sequence[str] = (),
     max_bad_fraction: float = 0.01,
     verify_images: images.Check = "header",
     max_pixels: int | None = None,
@@ -98,6 +101,7 @@ def load_samples(
         split: the split to read; ``None`` reads everything.
         image_dir: folder of the images, where they lie elsewhere.
         prompt: what the user asks about an image; in question data with ``{question}`` for each row's own.
+        columns: ``NAME=COLUMN`` pairs, for rows that call by another name what vlmtune reads.
         max_bad_fraction: largest share of rows that may be set aside.
         verify_images: as :func:`vlmtune.data.images.check`.
         max_pixels: larger images are refused.
@@ -108,9 +112,9 @@ def load_samples(
     place = resolve(path)
     chosen = choose_format(place, format)
     folder = None if image_dir is None else absolute(image_dir)
-    if problem := chosen.prompt_problem(prompt):
+    if problem := chosen.prompt_problem(prompt) or chosen.columns_problem(columns):
         raise DataError(f"{problem}.")
-    source = Source(place, split, folder, prompt)
+    source = Source(place, split, folder, prompt, renaming(columns))
     name = f"{path}, split {split}" if split else str(path)
     quarantine = Quarantine()
     placer = Placer(place, folder)
@@ -155,6 +159,7 @@ def _load(options: DataOptions, path: str, split: str | None) -> LoadedData:
         split=split,
         image_dir=options.image_dir,
         prompt=options.prompt,
+        columns=options.columns or (),
         max_bad_fraction=options.max_bad_fraction,
         verify_images=options.verify_images,
         max_pixels=options.max_pixels,

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlmtune.data import hub
 from vlmtune.data.formats import FORMATS, Format, easy_vqa
 from vlmtune.data.placing import absolute
 from vlmtune.errors import DataError, FormatError, nearest
 
 
 def resolve(path: str | Path) -> Path:
-    """Return the folder or file that ``path`` means.
+    """Return the folder or file that ``path`` means; data of the Hub is downloaded.
 
     Raises:
         DataError: there is none.
     """
+    if hub.is_address(path):
+        return hub.prepare(str(path))
     place = absolute(path)
     if place.exists():
         return place
     if str(path).replace("_", "-") == easy_vqa.PACKAGE_NAME:
         return easy_vqa.package_folder()
-    raise DataError(f"There is no data at {path}. Correct dataset_path: a folder, a captions file or a .jsonl file.")
+    raise DataError(
+        f"There is no data at {path}. Correct dataset_path: a folder, a captions file or a .jsonl file, "
+        "or hf:// and the name of a data set on the Hugging Face Hub."
+    )
 
 
 def choose_format(place: Path, name: str = "auto") -> Format:

@@ -207,6 +207,7 @@ def load_evaluation_data(data_args: VLMDataArguments) -> LoadedData:
         split=data_args.eval_split or default,
         image_dir=data_args.image_dir,
         prompt=data_args.prompt,
+        columns=data_args.columns or (),
         max_bad_fraction=data_args.max_bad_fraction,
         verify_images=data_args.verify_images,
         max_pixels=data_args.max_pixels,

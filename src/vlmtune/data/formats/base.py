@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmtune.data.quarantine import Quarantine
@@ -24,12 +24,14 @@ class Source:
         split: the split to read; ``None`` reads all that there is.
         image_dir: folder of the images, where it was named.
         prompt: what the user asks, where a person chose it: about any image, or with one of ``FIELDS``.
+        columns: name that vlmtune knows -> column of the data that holds it.
     """
 
     path: Path
     split: str | None = None
     image_dir: Path | None = None
     prompt: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Format:
             return None
         takes = " or ".join(f"one with {field}" if field else "one without a field" for field in self.asks)
         return f"prompt is {prompt!r}; {self.name} takes {takes}"
+
+    def columns_problem(self, columns: Collection[str]) -> str | None:
+        """Return why columns cannot be named for the format, in words, or ``None``."""
+        return f"columns is for rows of any columns; {self.name} has its own" if columns and self.asks else None
 
 
 def own_prompt(prompt: str | None, *fields: str) -> str | None:

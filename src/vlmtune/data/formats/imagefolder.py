@@ -46,7 +46,8 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
     def others() -> Iterator[tuple[str, tuple[str, Any]]]:
         for place, number, row in rows:
             shape = shape_of(row) if isinstance(row, dict) else None
-            if shape in CAPTION_COLUMNS and isinstance(row[shape], str | list) and isinstance(row["file_name"], str):
+            named = isinstance(row, dict) and isinstance(row.get("file_name"), str) and not source.columns
+            if named and shape in CAPTION_COLUMNS and isinstance(row[shape], str | list):
                 texts = row[shape] if isinstance(row[shape], list) else [row[shape]]
                 captions.extend(Caption(place, row["file_name"], str(text)) for text in texts)
             else:
@@ -56,7 +57,7 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
         number, row = item
         if not isinstance(row, dict) or not row.get("file_name"):
             raise RowError("it names no image by 'file_name'")
-        return make_sample(row, f"{prefix}{row['file_name']}#{number}", images, prompt=source.prompt)
+        return make_sample(row, f"{prefix}{row['file_name']}#{number}", images, source)
 
     yield from samples_of(others(), make, quarantine)
     yield from caption_samples(captions, images, source.prompt, quarantine, prefix=prefix)

@@ -1,8 +1,9 @@
 """Several data sets as one: a YAML file that lists them under ``datasets``.
 
-Each entry has a ``path`` and, where needed, ``format``, ``split``, ``image_dir``, ``prompt``, ``max_samples``,
-``weight`` and ``name``. Weights say in which proportion samples are drawn; none is drawn twice, so the data set that
-is the smallest for its weight is used whole. Without weights all samples are used. Draws depend on ``seed`` alone.
+Each entry has a ``path`` and, where needed, ``format``, ``split``, ``image_dir``, ``prompt``, ``columns``,
+``max_samples``, ``weight`` and ``name``. Weights say in which proportion samples are drawn; none is drawn twice, so the
+data set that is the smallest for its weight is used whole. Without weights all samples are used. Draws depend on
+``seed`` alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from vlmtune.data import hub
 from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.formats.rows import renaming
 from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -29,9 +32,13 @@ OPTIONS: dict[str, type | tuple[type, ...]] = {
     "split": str,
     "image_dir": str,
     "prompt": str,
+    "columns": list,
     "max_samples": int,
     "weight": (int, float),
 }
+
+
+_KINDS: dict[Any, str] = {str: "text", list: "list"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class _Entry:
     split: str | None
     image_dir: Path | None
     prompt: str | None
+    columns: dict[str, str]
     max_samples: int | None
     weight: float | None
 
@@ -67,13 +75,15 @@ def splits(path: Path) -> tuple[str, ...]:
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield the samples of all entries, one entry after the other; ids begin with the entry's name."""
     entries, seed = _entries(source.path)
+    if source.columns:
+        raise DataError(f"columns cannot be set for {source.path} as a whole; set it for each data set there.")
     loaded = []
     for entry in entries:
         own = Quarantine()
         image_dir = entry.image_dir or source.image_dir
         # What the recipe asks is for those data sets that it fits.
         inherited = None if entry.format.prompt_problem(source.prompt) else source.prompt
-        place = Source(entry.place, entry.split or source.split, image_dir, entry.prompt or inherited)
+        place = Source(entry.place, entry.split or source.split, image_dir, entry.prompt or inherited, entry.columns)
         loaded.append(list(Placer(entry.place, image_dir).samples(entry.format.load(place, own), own)))
         for row in own.rows:
             quarantine.add(f"{entry.name}/{row.id}", row.kind, row.reason)
@@ -152,7 +162,7 @@ def _entry(row: Any) -> _Entry | list[str]:
         return [f"it is {row!r}; it takes a path, or options with one"]
     problems = [f"there is no option {name!r}.{nearest(str(name), OPTIONS)}" for name in row if name not in OPTIONS]
     problems += [
-        f"{name} is {row[name]!r}, which is no {'text' if kind is str else 'number'}"
+        f"{name} is {row[name]!r}, which is no {_KINDS.get(kind, 'number')}"
         for name, kind in OPTIONS.items()
         if name in row and (not isinstance(row[name], kind) or isinstance(row[name], bool))
     ]
@@ -165,19 +175,21 @@ def _entry(row: Any) -> _Entry | list[str]:
     if problems:
         return problems
     try:
+        columns = renaming(row.get("columns", ()))
         place = resolve(row["path"])
         format = choose_format(place, row.get("format", "auto"))
     except DataError as error:
         return [str(error).splitlines()[0]]
     if format is FORMAT:
         return [f"{place} is a mixture itself; list its data sets here"]
-    if problem := format.prompt_problem(row.get("prompt")):
+    if problem := format.prompt_problem(row.get("prompt")) or format.columns_problem(columns):
         return [problem]
     folder = absolute(row["image_dir"]) if "image_dir" in row else None
-    name = row.get("name") or Path(row["path"]).expanduser().resolve().stem
+    path = row["path"]
+    name = row.get("name") or (hub.parse(path).name if hub.is_address(path) else absolute(path).stem)
     return _Entry(
         *(name, place, format, row.get("split"), folder),
-        *(row.get("prompt"), row.get("max_samples"), row.get("weight")),
+        *(row.get("prompt"), columns, row.get("max_samples"), row.get("weight")),
     )
 
 

@@ -51,6 +51,6 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
     numbered = ((place, (number, row)) for place, number, row in json_rows(file, quarantine))
     yield from samples_of(
         numbered,
-        lambda _, item: make_sample(item[1], f"{prefix}{item[0]}", images, prompt=source.prompt),
+        lambda _, item: make_sample(item[1], f"{prefix}{item[0]}", images, source),
         quarantine,
     )

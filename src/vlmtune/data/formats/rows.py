@@ -18,10 +18,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from vlmtune.data.boxes import MOST_LABELS, BoxError, box_of, boxes_sample
-from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT, LABELS, PHRASE, own_prompt
+from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT, LABELS, PHRASE, Source, own_prompt
 from vlmtune.data.formats.files import RowError
 from vlmtune.data.formats.questions import LETTERS, choice_question, question_sample
 from vlmtune.data.sample import ROLES, ImageRef, Message, Part, Sample
+from vlmtune.errors import DataError, nearest
 
 PLACE = "<image>"
 # Names that other tools write for the same roles.
@@ -30,6 +31,12 @@ IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", "img_path")
 PHRASE_COLUMNS = ("sent", "expression", "phrase")
 LABEL_FIELDS = ("category", "categories", "label", "labels", "category_id", "name")
 CAPTION_COLUMNS = ("caption", "captions", "text")
+# All that a row may have.
+COLUMNS = (
+    *("messages", "conversations", "system", "prompt", "completion", "texts", "question", "answer", "answers"),
+    *("choices", "hint", "multiple_choice_answer", "objects", "bbox", "width", "height", "id", "references", "meta"),
+    *(*IMAGE_COLUMNS, *PHRASE_COLUMNS, *CAPTION_COLUMNS),
+)
 
 
 def shape_of(columns: Collection[str]) -> str | None:
@@ -54,7 +61,7 @@ def shape_of(columns: Collection[str]) -> str | None:
 
 
 def make_sample(
-    row: Any, default_id: str, images: Path, *, prompt: str | None = None, labels: Sequence[str] = ()
+    row: Any, default_id: str, images: Path, source: Source | None = None, *, labels: Sequence[str] = ()
 ) -> Sample:
     """Make a sample of a row.
 
@@ -62,7 +69,7 @@ def make_sample(
         row: an object of any of the shapes above.
         default_id: its id where it has none.
         images: the folder that paths count from.
-        prompt: a person's own, for the rows that it fits.
+        source: its ``prompt`` is for the rows that it fits, and its ``columns`` say what the row calls the names above.
         labels: of the numbers that stand for objects' labels, where they are known.
 
     Raises:
@@ -70,6 +77,9 @@ def make_sample(
     """
     if not isinstance(row, Mapping):
         raise RowError("it has no 'messages' list, nor columns that vlmtune knows: it is no object")
+    prompt = source.prompt if source else None
+    if source and source.columns:
+        row = _renamed(row, source.columns)
     shape = shape_of([name for name, value in row.items() if value is not None])
     name = default_id if row.get("id") is None else str(row["id"])
     if shape == "question":
@@ -102,6 +112,30 @@ def make_sample(
     if not isinstance(turns, list):
         raise RowError(f"it has no {shape or 'messages'!r} list, nor other columns that vlmtune knows")
     return _conversation(row, turns, name, images)
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if lacking := next((theirs for theirs in columns.values() if theirs not in row), None):
+        raise RowError(f"it has no column {lacking!r}.{nearest(lacking, row)}")
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return others | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def renaming(columns: Sequence[str]) -> dict[str, str]:
+    """Read ``OURS=THEIRS`` pairs to name -> the data's column.
+
+    Raises:
+        DataError: one is no pair, or names nothing that rows may have.
+    """
+    found = {}
+    for pair in columns:
+        ours, equals, theirs = str(pair).partition("=")
+        if not equals or not theirs:
+            raise DataError(f"columns has {pair!r}; write NAME=COLUMN, such as image=photo")
+        if ours not in COLUMNS:
+            raise DataError(f"columns: {ours!r} is not a column that vlmtune reads.{nearest(ours, COLUMNS)}")
+        found[ours] = theirs
+    return found
 
 
 def listed_images(row: Mapping[str, Any], images: Path) -> list[ImageRef]:

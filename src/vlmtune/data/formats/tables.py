@@ -1,16 +1,19 @@
-"""Parquet and Arrow files, and data sets that Hugging Face's ``datasets`` saved.
+"""Parquet and Arrow files, and data sets that Hugging Face's ``datasets`` saved or prepared.
 
-A file, a folder of files (split by their names, as in ``train-00000-of-00003.parquet``, also in ``data/``), or a
-folder of ``save_to_disk``. Rows have the columns of any JSON row (``messages``, ``prompt`` and ``completion``,
-``question`` and ``answer``, ``image`` and ``text``); images are bytes or paths. Files are read in batches.
+A file, a folder of files (split by their names, as in ``train-00000-of-00003.parquet``, also in ``data/``), a folder of
+``save_to_disk``, or one of the cache of ``datasets``, where ``hf://`` addresses lead. Rows have the columns of any JSON
+row (``messages``, ``prompt`` and ``completion``, ``question`` and ``answer``, ``image`` and ``text``); images are bytes
+or paths, and numbers of a ``ClassLabel`` become its names. Files are read in batches.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,7 +31,7 @@ ROWS_AT_ONCE = 256
 
 def detect(path: Path) -> bool:
     """Whether ``path`` is such a file with columns that are known, or a folder that holds some."""
-    return any(shape_of(_columns(files[0])) for files in _files(path).values())
+    return bool(_prepared(path)) or any(shape_of(_columns(files[0])) for files in _files(path).values())
 
 
 def splits(path: Path) -> tuple[str, ...]:
@@ -47,9 +50,15 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
 
 def _load_file(file: Path, first: int, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     images = source.image_dir or file.parent
+    features = _features(file)
+    labels = _class_names(features.get(source.columns.get("objects", "objects")))
+    names = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
 
     def make(_: str, item: tuple[int, Any]) -> Sample:
-        return make_sample(item[1], f"{prefix}{item[0]}", images, prompt=source.prompt)
+        row = dict(item[1])
+        for name in names.keys() & row.keys():
+            row[name] = names[name][row[name]] if row[name] is not None else None
+        return make_sample(row, f"{prefix}{item[0]}", images, source, labels=labels)
 
     yield from samples_of(_rows(file, first), make, quarantine)
 
@@ -92,14 +101,37 @@ def _count(file: Path) -> int:
     return sum(batch.num_rows for batch in _batches(file))
 
 
-def _columns(file: Path) -> list[str]:
+def _schema(file: Path) -> Any:
     try:
         if file.suffix.lower() == ".parquet":
-            return list(pq.read_schema(file).names)
+            return pq.read_schema(file)
         batch = next(_batches(file), None)
-        return list(batch.schema.names) if batch is not None else []
+        return batch.schema if batch is not None else pa.schema({})
     except (OSError, pa.ArrowException):
-        return []
+        return pa.schema({})
+
+
+def _columns(file: Path) -> list[str]:
+    return list(_schema(file).names)
+
+
+def _features(file: Path) -> dict[str, Any]:
+    """What ``datasets`` noted about the columns when it wrote a file; nothing where something else did."""
+    schema = _schema(file)
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    try:
+        return dict(datasets.Features.from_arrow_schema(schema))
+    except (KeyError, TypeError, ValueError):  # of a kind that this version of datasets does not know
+        return {}
+
+
+def _class_names(feature: Any) -> list[str]:
+    """The names of the first ``ClassLabel`` inside a feature; none where there is none."""
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    inside = list(feature.values()) if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return next((names for one in inside if one is not None and (names := _class_names(one))), [])
 
 
 def _files(path: Path) -> dict[str, list[Path]]:
@@ -111,10 +143,23 @@ def _files(path: Path) -> dict[str, list[Path]]:
         return {name: files for name, files in saved.items() if files}
     if (path / "state.json").is_file():
         return {"": _in_folder(path)}
+    if prepared := _prepared(path):
+        return prepared
     found: dict[str, list[Path]] = {}
     for file in _in_folder(path) or _in_folder(path / "data"):
         found.setdefault(shard_split(file), []).append(file)
     return found
+
+
+def _prepared(path: Path) -> dict[str, list[Path]]:
+    """Split name -> files in a folder of the cache of ``datasets``, whose record names the splits."""
+    try:
+        info = json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))
+        splits = list(info.get("splits") or ())
+    except (OSError, ValueError, AttributeError):
+        return {}
+    found = {name: sorted([*path.glob(f"*-{name}.arrow"), *path.glob(f"*-{name}-*-of-*.arrow")]) for name in splits}
+    return {name: files for name, files in found.items() if files}
 
 
 def _in_folder(folder: Path) -> list[Path]:

@@ -50,7 +50,7 @@ def _load_shard(shard: Path, prefix: str, source: Source, quarantine: Quarantine
     images = source.image_dir or shard.parent
 
     def make(_: str, item: tuple[str, Any]) -> Sample:
-        return make_sample(item[1], f"{prefix}{item[0]}", images, prompt=source.prompt)
+        return make_sample(item[1], f"{prefix}{item[0]}", images, source)
 
     yield from samples_of(_rows(shard, quarantine), make, quarantine)
 
