@@ -15,6 +15,7 @@ from vlmtune.cli.chat import chat
 from vlmtune.cli.check import check
 from vlmtune.cli.common import set_up_output
 from vlmtune.cli.compare import compare
+from vlmtune.cli.convert import convert
 from vlmtune.cli.demo import demo
 from vlmtune.cli.env import env
 from vlmtune.cli.estimate import estimate
@@ -37,6 +38,7 @@ usage: vlmtune COMMAND [...]
 commands:
   check RECIPE|DATA [--option value ...]  look at data before training: every image, every text, every token count
   preview RECIPE|DATA [--option value ...] show rows as the model will see them, learned tokens in colour
+  convert DATA --to TARGET --output DIR   write data of any format as messages JSONL, Parquet or WebDataset shards
   train [RECIPE] [--option value ...]     fine-tune a model as a YAML recipe says; flags override it
   estimate [RECIPE] [--option value ...]  how much memory a training takes, and on which GPUs it fits
   evaluate [RECIPE] [--option value ...]  generate answers, score them, compare with another evaluation
@@ -59,6 +61,7 @@ shows the traceback of an error.
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "preview": preview,
+    "convert": convert,
     "train": train,
     "estimate": estimate,
     "evaluate": evaluate,

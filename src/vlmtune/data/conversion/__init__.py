@@ -1,0 +1,1 @@
+"""Data in any format to messages JSONL, Parquet or WebDataset shards."""
