@@ -83,7 +83,7 @@ def refused(capsys: pytest.CaptureFixture[str]):
         said = capsys.readouterr()
         error = said.err[said.err.index("error: ") :]
         assert said.out == "" and "Traceback" not in said.err
-        assert "\n\n" not in error and len(error) < 1500
+        assert "\n\n" not in error and len(error) < 1800
         return error
 
     return check

@@ -154,7 +154,7 @@ def _shards(path: Path) -> dict[str, list[Path]]:
 
 FORMAT = Format(
     name="webdataset",
-    looks_like=".tar shards whose members share keys: 0017.jpg with 0017.json or 0017.txt",
+    looks_like=".tar shards of 0017.jpg with 0017.json or 0017.txt",
     detect=detect,
     splits=splits,
     load=load,
