@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench pins hooks clean distclean
+.PHONY: help install demo test test-slow families check format bench pins hooks clean distclean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -25,6 +25,11 @@ test: $(VENV)/.installed-dev  ## run the tests on both cores (ARGS="-k name" for
 
 test-slow: $(VENV)/.installed-dev  ## run the tests that take minutes each, which `make test` leaves out
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+families: $(VENV)/.installed-dev  ## prove every family anew, and write what is supported to docs/families.md
+	$(TEST_ENV) $(BIN)/python -m pytest -m proves tests/parity/test_families.py tests/invariants/test_sharing.py \
+		--write-proofs src/vlmtune/models/families/proved.json
+	$(BIN)/python scripts/write_families.py
 
 check: $(VENV)/.installed-dev  ## style, types, import layers and file lengths
 	$(BIN)/ruff check .

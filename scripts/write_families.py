@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/families.md from the family records; tests compare the two."""
+"""Write docs/families.md from the family records and what the tests proved of them; `make families` does both."""
 
 from __future__ import annotations
 

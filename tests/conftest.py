@@ -13,6 +13,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 from chromium import Page, find_chromium
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-proofs", type=Path, help="write what is proved of each family to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--write-proofs"):
+        from proofs import Proofs
+
+        config.pluginmanager.register(Proofs(file))
+
+
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 CORPUS = [

@@ -205,6 +205,7 @@ CASES = {
 }
 
 
+@pytest.mark.proves("share_images")
 @pytest.mark.parametrize("case", CASES)
 def test_shared_equals_separate(case, float64_model, processor, image_folder, family) -> None:
     rows = make_rows(image_folder, CASES[case])
@@ -314,6 +315,7 @@ def test_flex_attention_equals_sdpa(float64_model, processor, image_folder, fami
     assert flex == pytest.approx(sdpa, rel=TOLERANCE)
 
 
+@pytest.mark.proves("feature cache")
 def test_cached_features_equal_recomputed(float64_model, processor, image_folder, family, tmp_path) -> None:
     if not family.feature_cache:
         pytest.skip("this family takes no prepared features")

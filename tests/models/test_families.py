@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 from pathlib import Path
@@ -16,6 +17,7 @@ from vlmtune.cli import main
 from vlmtune.errors import UnsupportedModelError
 from vlmtune.models.families import FAMILIES, REFUSED, get_family
 from vlmtune.models.overview import as_markdown
+from vlmtune.models.proved import proved, record_digest
 
 GEMMA = FAMILIES["gemma3"]
 
@@ -128,9 +130,24 @@ def test_what_is_not_supported_says_why(family) -> None:
     assert all((folder / file).exists() for file in family.source.split(", ")[:1])
 
 
+def test_proofs_are_of_known_families() -> None:
+    assert list(proved()) == list(FAMILIES), "run `make families`"
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_what_is_shown_as_supported_was_proved_of_this_record(family) -> None:
+    found = proved()[family.name]
+    assert found["record"] == record_digest(family), "the record has changed since: run `make families`"
+    assert {"LoRA", "4-bit", "merge"} <= set(found["supports"])
+    shared, kept = ("share_images" in found["supports"]), ("feature cache" in found["supports"])
+    assert (shared, kept) == (family.sharing, family.feature_cache)
+    changed = dataclasses.replace(family, bos=not family.bos)
+    assert record_digest(changed) != found["record"]
+
+
 def test_the_table_in_the_docs_is_the_records() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-    assert as_markdown() in page.read_text(encoding="utf-8"), "run: python scripts/write_families.py"
+    assert as_markdown() in page.read_text(encoding="utf-8"), "run `make families`"
 
 
 def test_the_command_lists_every_family(capsys) -> None:

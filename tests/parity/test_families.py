@@ -21,9 +21,11 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from vlmtune.batching.collator import BaseVLMDataCollator, join_images
 from vlmtune.batching.encode import Encoder
 from vlmtune.config import GenerationArguments
+from vlmtune.config.merge import MergeArguments
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import EncodingError
 from vlmtune.evaluation.generation import AnswerGenerator
+from vlmtune.evaluation.merging import merge
 from vlmtune.models.checkpoint import save_model_and_processor
 from vlmtune.models.families import FAMILIES
 from vlmtune.models.loading import load_model_for_inference, load_model_for_training, load_processor
@@ -335,6 +337,7 @@ class TestTraining:
         names = set(family.lora_targets[scope])
         assert found == names or (checkpoint in VARIANTS and found < names)
 
+    @pytest.mark.proves("LoRA")
     @pytest.mark.parametrize("scopes", [("language",), ("projector", "vision"), ("language", "projector", "vision")])
     def test_adapters(self, scopes, family, folder, collator, image_folder) -> None:
         if scopes == ("projector", "vision") and not family.lora_targets["projector"]:
@@ -383,6 +386,7 @@ class TestTraining:
             found = dict(model.named_parameters())[name].grad
             torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5, msg=name)
 
+    @pytest.mark.proves("4-bit")
     def test_four_bit_only_in_the_language_model(self, family, folder, collator, image_folder) -> None:
         pytest.importorskip("bitsandbytes")
         model = load_model_for_training(
@@ -447,6 +451,22 @@ class TestSavingAndGeneration:
         assert torch.equal(forward(again, batch), forward(model, batch))
         if (videos := getattr(collator.processor, "video_processor", None)) is not None:
             assert load_processor(tmp_path).video_processor.to_dict() == videos.to_dict()
+
+    @pytest.mark.slow
+    @pytest.mark.proves("merge")
+    def test_a_merged_model_is_the_adapted_one(self, family, folder, collator, image_folder, tmp_path) -> None:
+        scopes = [scope for scope, names in family.lora_targets.items() if names]
+        model = setup_lora(load_model_for_training(folder, torch_dtype="float32"), lora_r=4, lora_scopes=scopes).eval()
+        _shake(model)
+        save_model_and_processor(model, collator.processor, tmp_path / "adapter")
+        places = {"adapter": str(tmp_path / "adapter"), "output_dir": str(tmp_path / "merged")}
+        merge(MergeArguments(**places, samples=1, max_new_tokens=2))
+        merged, processor = load_model_for_inference(tmp_path / "merged", torch_dtype="float32", device="cpu")
+        assert not hasattr(merged, "peft_config")
+        batch = BaseVLMDataCollator(processor, family)([make_sample("one image", image_folder).to_row()])
+        torch.testing.assert_close(forward(merged, batch), forward(model, batch), rtol=1e-3, atol=1e-4)
+        with model.disable_adapter():
+            assert not torch.allclose(forward(merged, batch), forward(model, batch), atol=1e-3)
 
     def test_answers_shared_separate_and_alone(self, checkpoint, family, ours, processor, image_folder) -> None:
         names = [name for name in CONVERSATIONS if can_take(checkpoint, name)]

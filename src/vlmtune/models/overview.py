@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from vlmtune.models.families import FAMILIES, REFUSED
 from vlmtune.models.family import Family
+from vlmtune.models.proved import proved
 
-COLUMNS = ("family", "other names", "LoRA scopes", "4-bit", "share_images", "feature cache", "refused", "licence")
+PROVED = ("4-bit", "share_images", "feature cache", "merge")
+COLUMNS = ("family", "other names", "LoRA", *PROVED, "refused", "licence")
 
 
 def row(family: Family) -> dict[str, str]:
-    """What the table says of one family, by column."""
+    """What the table says of one family, by column; what is supported is what the tests found."""
+    found = proved().get(family.name, {}).get("supports", ())
     in_full = [scope for scope, names in family.lora_targets.items() if not names]
     scopes = [f"{scope} (in full)" if scope in in_full else scope for scope in family.lora_targets]
     return {
         "family": family.name,
         "other names": ", ".join(family.aliases),
-        "LoRA scopes": ", ".join(scopes),
-        "4-bit": "yes",
-        "share_images": "yes" if family.sharing else "no",
-        "feature cache": "yes" if family.feature_cache else "no",
+        "LoRA": ", ".join(scopes) if "LoRA" in found else "no",
+        **{what: "yes" if what in found else "no" for what in PROVED},
         "refused": ", ".join(family.refused_dtypes) or "-",
         "licence": family.licence.partition(" (http")[0],
     }
@@ -37,7 +38,9 @@ def as_markdown() -> str:
     lines = [" | ".join(COLUMNS), "|".join(["---"] * len(COLUMNS))]
     lines += [" | ".join(row(family).values()) for family in FAMILIES.values()]
     table = [f"| {line} |" if " | " in line else f"|{line}|" for line in lines]
-    return "\n".join([*table, "", *(f"- {reason}" for reason in _reasons()), "", *_facts()])
+    versions = sorted({found["transformers"] for found in proved().values()})
+    said = f"As the tests found it on transformers {', '.join(versions)} (`make families`)."
+    return "\n".join([*table, "", said, "", *(f"- {reason}" for reason in _reasons()), "", *_facts()])
 
 
 def _reasons() -> list[str]:
@@ -46,7 +49,9 @@ def _reasons() -> list[str]:
     uncached = [family for family in FAMILIES.values() if not family.feature_cache]
     reasons += [f"{family.name} keeps no image features: {family.cache_reason}." for family in uncached]
     refused = [family for family in FAMILIES.values() if family.refused_dtypes]
-    reasons += [f"{model_type} is not taken: {why}." for model_type, (why, _) in REFUSED.items()]
+    for model_type, (why, packages) in REFUSED.items():
+        tried = f" With {' and '.join(packages)} installed it is tried as an unknown family." if packages else ""
+        reasons.append(f"{model_type} is not taken: {why}.{tried}")
     reasons += [f"{f.name} in {dtype}: {why}." for f in refused for dtype, why in f.refused_dtypes.items()]
     return reasons
 
