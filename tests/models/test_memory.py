@@ -38,9 +38,11 @@ def _peak(profile) -> int:
     return most
 
 
-def _measure(folder: Path, kind: str, batch: Batch, *, checkpointing: bool) -> tuple[int, int]:
+def _measure(
+    folder: Path, kind: str, batch: Batch, *, checkpointing: bool, dtype: str = "float32", mixed: bool = False
+) -> tuple[int, int]:
     """Peak of a real step (forward, loss, backward, AdamW) beside the weights, and in all."""
-    model = KINDS[kind](load_model_for_training(folder, torch_dtype="float32"))
+    model = KINDS[kind](load_model_for_training(folder, torch_dtype=dtype))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -57,15 +59,17 @@ def _measure(folder: Path, kind: str, batch: Batch, *, checkpointing: bool) -> t
         ids = torch.randint(10, 300, (batch.samples, length))
         ids[:, 2 : 2 + image] = base.config.image_token_id
         mask = torch.ones(batch.samples, 1, length, length, dtype=torch.bool)
-        model(
-            input_ids=ids,
-            token_type_ids=(ids == base.config.image_token_id).long(),
-            pixel_values=torch.randn(batch.samples, 3, side, side),
-            attention_mask={"full_attention": mask, "sliding_attention": mask},
-            position_ids=torch.arange(length).expand(batch.samples, length),
-            target_sources=sources,
-            target_ids=torch.randint(10, 300, sources.shape),
-        ).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(
+                input_ids=ids,
+                token_type_ids=(ids == base.config.image_token_id).long(),
+                pixel_values=torch.randn(batch.samples, 3, side, side),
+                attention_mask={"full_attention": mask, "sliding_attention": mask},
+                position_ids=torch.arange(length).expand(batch.samples, length),
+                target_sources=sources,
+                target_ids=torch.randint(10, 300, sources.shape),
+            ).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -78,11 +82,14 @@ def _measure(folder: Path, kind: str, batch: Batch, *, checkpointing: bool) -> t
     return beside, beside + weights + states
 
 
-def _compare(folder: Path, kind: str, batch: Batch, *, checkpointing: bool) -> tuple[float, float]:
+def _compare(
+    folder: Path, kind: str, batch: Batch, *, checkpointing: bool, dtype: str = "float32", mixed: bool = False
+) -> tuple[float, float]:
     """Estimated over measured: beside the weights and optimizer states, and in all."""
-    estimator = MemoryEstimator(folder, chunked_cross_entropy, KINDS[kind], "float32")
+    autocast = torch.bfloat16 if mixed else None
+    estimator = MemoryEstimator(folder, chunked_cross_entropy, KINDS[kind], dtype, autocast, "cpu")
     found = estimator.estimate(Settings(batch, checkpointing=checkpointing))
-    beside, everything = _measure(folder, kind, batch, checkpointing=checkpointing)
+    beside, everything = _measure(folder, kind, batch, checkpointing=checkpointing, dtype=dtype, mixed=mixed)
     estimated = found.total - found.kinds["weights"] - found.kinds["optimizer states"]
     print(f"{kind}, {batch}, {checkpointing=}: {estimated / 2**20:.2f} of {beside / 2**20:.2f} MiB")
     return estimated / beside, found.total / everything

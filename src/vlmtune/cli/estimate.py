@@ -40,7 +40,7 @@ def estimate(argv: list[str]) -> int:
         chunked_cross_entropy,
         adapter_from(model),
         model.torch_dtype,
-        {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code},
+        options={"revision": model.model_revision, "trust_remote_code": model.trust_remote_code},
     )
     trained = set(model.lora_scopes if model.use_lora else model.train_parts)
     cached = args.cache_image_features != "off" and not trained & {"vision", "projector"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_config
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
+from vlmtune.models.memory_autocast import MetaAutocast
 from vlmtune.models.memory_trace import Batch, Loss, StepMemory, trace_step
 from vlmtune.models.quantization import get_torch_dtype
 from vlmtune.models.sizing import count_parameters
@@ -105,6 +107,8 @@ class MemoryEstimator:
         loss: the loss over supervised positions, as training computes it.
         adapt: makes a model's weights trainable, as training does; LoRA on the language model by default.
         dtype: number format of the weights.
+        autocast: number format of matrix products in mixed precision, or ``None``.
+        device: ``cuda`` or ``cpu``, for what each computes in mixed precision.
         options: of :func:`~vlmtune.models.loading.load_config`.
 
     Raises:
@@ -115,6 +119,8 @@ class MemoryEstimator:
     loss: Loss
     adapt: Callable[[nn.Module], nn.Module] = setup_lora
     dtype: str | torch.dtype = "auto"
+    autocast: torch.dtype | None = None
+    device: str = "cuda"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,7 +152,8 @@ class MemoryEstimator:
         optimizer = gradients * 2
         if "8bit" in settings.optim:
             optimizer = everything["trainable"] * 2
-        working = step.peak - step.vision - step.language
+        peak = step.accumulating if settings.accumulation > 1 else step.peak
+        working = peak - step.vision - step.language
         if settings.bits < 16:
             # One layer's weights are unpacked at a time.
             working += self.small[0].block * self.number_format.itemsize
@@ -205,19 +212,25 @@ class MemoryEstimator:
         return StepMemory(**between)
 
     def _traced(self, settings: Settings) -> StepMemory:
-        key = (settings.batch, settings.checkpointing, settings.accumulation > 1)
+        key = (settings.batch, settings.checkpointing)
         if key not in self._traces:
-            found = [self._trace(small, *key) for small in self.small]
+            # The layers of a frozen tower leave nothing behind.
+            frozen = not self.small[0].parts["vision"]["trainable"]
+            found = [self._trace(small, *key) for small in self.small[: 2 if frozen else 3]]
+            found += [found[0]] * (3 - len(found))
             grown = {f.name: self._grow([getattr(one, f.name) for one in found]) for f in fields(StepMemory)}
             self._traces[key] = StepMemory(**grown)
         return self._traces[key]
 
-    def _trace(self, small: _Small, batch: Batch, checkpointing: bool, accumulate: bool) -> StepMemory:
+    def _trace(self, small: _Small, batch: Batch, checkpointing: bool) -> StepMemory:
+        autocast = MetaAutocast(self.autocast, self.device)
         if checkpointing:
-            small.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            # Inside of a backward pass no function mode is active by itself.
+            again = {"context_fn": lambda: (nullcontext(), autocast)}
+            small.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False} | again)
         else:
             small.model.gradient_checkpointing_disable()
-        return trace_step(small.model, self.family, batch, self.loss, accumulate=accumulate)
+        return trace_step(small.model, self.family, batch, self.loss, autocast)
 
     def _grow(self, values: list[int]) -> int:
         """From the small models' numbers to the whole model's: each further layer adds the same."""

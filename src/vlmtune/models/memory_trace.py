@@ -9,7 +9,7 @@ Shape legend: B samples, L tokens, H hidden features, A heads, D features of a h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from vlmtune.errors import ModelError
 from vlmtune.models.family import Family, attention_window
+from vlmtune.models.memory_autocast import MetaAutocast
 from vlmtune.models.provenance import base_model
 
 # Called with (hidden (N, H), targets (N,), head); gives the summed loss.
@@ -52,6 +53,7 @@ class StepMemory:
 
     Attributes:
         peak: the most at once, gradients included.
+        accumulating: the same where gradients of an earlier batch of the step are there from the start.
         gradients: what is left after the backward pass.
         vision: kept for the backward pass after the tower and projector.
         language: kept by the language model, beside that.
@@ -61,6 +63,7 @@ class StepMemory:
     """
 
     peak: int
+    accumulating: int
     gradients: int
     vision: int
     language: int
@@ -69,13 +72,28 @@ class StepMemory:
     image_tokens: int
 
 
+_ATEN = torch.ops.aten
+# Operations whose result has the form of their largest operand.
+ELEMENTWISE = {
+    *(_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.mul.Scalar, _ATEN.div.Scalar),
+    *(_ATEN.neg.default, _ATEN.rsqrt.default, _ATEN.pow.Tensor_Scalar, _ATEN.exp.default, _ATEN.sigmoid.default),
+    *(_ATEN.gelu.default, _ATEN.gelu_backward.default, _ATEN.silu.default, _ATEN.silu_backward.default),
+}
+
+
 class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that operations make, while they live."""
+    """Counts the bytes of the storages that operations make, while they live.
+
+    Attributes:
+        live: bytes that live now.
+        peak: the most so far.
+        gradients: bytes of finished gradients, which are among those that live.
+        beside: the most so far without finished gradients.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.peak = 0
+        self.live = self.peak = self.gradients = self.beside = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def ignore(self, model: nn.Module) -> None:
@@ -83,9 +101,16 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in (*model.parameters(), *model.buffers()):
             self._seen.add(tensor.untyped_storage())
 
+    def finished(self, parameter: Tensor) -> None:
+        """Take note that a parameter's gradient is whole."""
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(made):
+        made = _elementwise(args) if func in ELEMENTWISE else None
+        if made is None:
+            made = func(*args, **(kwargs or {}))
+        for tensor in (made,) if isinstance(made, Tensor) else tree_iter(made):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage not in self._seen:
@@ -93,6 +118,7 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     size = storage.nbytes()
                     self.live += size
                     self.peak = max(self.peak, self.live)
+                    self.beside = max(self.beside, self.live - self.gradients)
                     weakref.finalize(storage, self._freed, size)
         return made
 
@@ -100,7 +126,29 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def trace_step(model: nn.Module, family: Family, batch: Batch, loss: Loss, *, accumulate: bool = False) -> StepMemory:
+def _elementwise(args: Sequence[Any]) -> Tensor | None:
+    """Return the empty result of an elementwise operation, or ``None`` for PyTorch to find its form.
+
+    PyTorch does so in Python for meta tensors, which is most of what an estimate would take.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    first = max(tensors, key=Tensor.numel)
+    if len(tensors) > 2 or not all(t.is_floating_point() and _fits(t.shape, first.shape) for t in tensors):
+        return None
+    if not (first.is_contiguous() or (first.dim() > 2 and first.transpose(1, 2).is_contiguous())):
+        return None
+    dtype = torch.result_type(tensors[0], tensors[-1])
+    return torch.empty_strided(first.shape, first.stride(), dtype=dtype, device="meta")
+
+
+def _fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether a tensor is broadcast to a shape without making it larger."""
+    return len(shape) <= len(into) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(into), strict=False))
+
+
+def trace_step(
+    model: nn.Module, family: Family, batch: Batch, loss: Loss, autocast: MetaAutocast | None = None
+) -> StepMemory:
     """Run one training step on the meta device and count.
 
     Args:
@@ -109,7 +157,7 @@ def trace_step(model: nn.Module, family: Family, batch: Batch, loss: Loss, *, ac
         family: its record.
         batch: what a device takes at once.
         loss: the loss over supervised positions.
-        accumulate: gradients of an earlier batch of the step are there already.
+        autocast: of the forward pass, in mixed precision.
 
     Raises:
         ModelError: the family's tower cannot be run without pixels.
@@ -117,15 +165,12 @@ def trace_step(model: nn.Module, family: Family, batch: Batch, loss: Loss, *, ac
     base = base_model(model)
     model.train()
     model.zero_grad(set_to_none=True)
-    with _fused_attention(), CountingMode() as mode:
+    autocast = autocast or MetaAutocast(None)
+    with _fused_attention(autocast), autocast, CountingMode() as mode:
         mode.ignore(model)
-        if accumulate:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.empty_like(parameter)
-        held = mode.live
+        hooks = [p.register_post_accumulate_grad_hook(mode.finished) for p in model.parameters() if p.requires_grad]
         features = _image_features(base, family, batch)
-        vision = mode.live - held
+        vision = mode.live
         hidden = _hidden_states(base, family, batch, features)
         kept = mode.live
         mode.peak, before = mode.live, mode.peak
@@ -135,11 +180,16 @@ def trace_step(model: nn.Module, family: Family, batch: Batch, loss: Loss, *, ac
         n_features = 0 if features is None else features.numel() * features.element_size()
         image_tokens = 0 if features is None else features.shape[0] * features.shape[1] // batch.samples
         del hidden, features
+        autocast.end_forward()
         total.backward()  # type: ignore[no-untyped-call]
         del total
-        peak, gradients = mode.peak, mode.live
+        peak, gradients, beside = mode.peak, mode.live, mode.beside
+        for hook in hooks:
+            hook.remove()
         model.zero_grad(set_to_none=True)
-    return StepMemory(peak, gradients, vision, kept - held - vision, of_loss, n_features, image_tokens)
+    return StepMemory(
+        peak, max(peak, beside + gradients), gradients, vision, kept - vision, of_loss, n_features, image_tokens
+    )
 
 
 def _image_features(base: Any, family: Family, batch: Batch) -> Tensor | None:
@@ -203,13 +253,13 @@ class _Attention(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def _fused_attention(autocast: MetaAutocast) -> Iterator[None]:
     original = nn.functional.scaled_dot_product_attention
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
     ) -> Any:
-        return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+        return _Attention.apply(*autocast.cast((query, key, value)), attn_mask)  # type: ignore[no-untyped-call]
 
     nn.functional.scaled_dot_product_attention = attention
     try:
