@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from vlmtune.errors import ModelError
-from vlmtune.models import memory
+from vlmtune.models import memory_report
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_model_for_training
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
-from vlmtune.models.memory import GB, MemoryEstimator, Settings, format_estimate, format_fits
+from vlmtune.models.memory import MemoryEstimator, Settings
+from vlmtune.models.memory_report import changes, format_changes, format_estimate, format_fits, format_ways
 from vlmtune.models.memory_trace import Batch, CountingMode
 from vlmtune.models.sizing import count_parameters
 from vlmtune.training.loss import chunked_cross_entropy, install_supervised_loss
@@ -133,6 +134,14 @@ def test_deep_against_the_allocator(batch, kind, checkpointing, deep) -> None:
     assert abs(beside - 1) < WITHIN and abs(everything - 1) < WITHIN
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "everything in full"), ("bfloat16", "lora")])
+def test_mixed_precision_against_the_allocator(dtype, kind, checkpointing, tiny_gemma3_dir) -> None:
+    options = {"checkpointing": checkpointing, "dtype": dtype, "mixed": True}
+    beside, everything = _compare(tiny_gemma3_dir, kind, Batch(4, 60, 20), **options)
+    assert abs(beside - 1) < WITHIN and abs(everything - 1) < WITHIN
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "lora everywhere", "everything in full"])
@@ -208,7 +217,9 @@ class TestSettings:
             return estimator.estimate(Settings(strategy=strategy, devices=devices)).kinds
 
         alone = kinds("ddp", 1)
-        assert kinds("ddp", 8) == alone | {"communication": alone["optimizer states"] // 2}
+        assert kinds("ddp", 8) == alone | {"communication": alone["gradients"]}
+        for strategy, divided in (("zero1", 1), ("zero2", 8), ("zero3", 8), ("fsdp", 8)):
+            assert kinds(strategy, 8)["gradients"] == alone["gradients"] // divided
         for strategy in ("fsdp", "zero3"):
             assert kinds(strategy, 8)["weights"] == alone["weights"] // 8
             assert kinds(strategy, 8)["optimizer states"] < kinds(strategy, 2)["optimizer states"]
@@ -219,24 +230,42 @@ class TestSettings:
 class TestFit:
     """What fits, and what would make it fit."""
 
-    def test_the_cheapest_change_that_fits(self, deep, monkeypatch) -> None:
-        monkeypatch.setattr(memory, "GB", 10**6)
-        estimator, settings = _estimator(deep), Settings(Batch(16))
+    def test_the_cheapest_change_comes_first(self, deep, monkeypatch) -> None:
+        monkeypatch.setattr(memory_report, "GB", 10**6)
+        estimator, settings = _estimator(deep), Settings(Batch(12))
         total = estimator.estimate(settings).total / 10**6
-        small = estimator.estimate(Settings(Batch(8), accumulation=2)).total / 10**6
-        change = estimator.smallest_change(settings, round((total + small) / 2 / 0.95))
-        assert change is not None
-        assert change.options == "per_device_train_batch_size: 8, gradient_accumulation_steps: 2"
-        assert change.total < total * 10**6 and change.slower > 1
-        assert estimator.smallest_change(settings, 1) is None
+        small = estimator.estimate(Settings(Batch(6), accumulation=2)).total / 10**6
+        found = changes(estimator, settings, (total + small) / 2 / 0.95)
+        assert found[0].options == "per_device_train_batch_size: 6, gradient_accumulation_steps: 2"
+        assert [change.slower for change in found] == sorted(change.slower for change in found)
+        assert "activation_checkpointing: true" in {change.options for change in found}
+        assert all(change.total <= (total + small) / 2 * 10**6 and change.slower > 1 for change in found)
+        assert changes(estimator, settings, 1) == []
+        # Weights that are trained are not quantised.
+        assert not any("4bit" in c.options for c in changes(_estimator(deep, "everything in full"), settings, total))
+
+    def test_what_a_change_says_holds(self, deep, monkeypatch) -> None:
+        monkeypatch.setattr(memory_report, "GB", 10**6)
+        estimator, settings = _estimator(deep), Settings(Batch(8))
+        (change,) = [c for c in changes(estimator, settings, 20) if c.options == "activation_checkpointing: true"]
+        assert change.total == estimator.estimate(Settings(Batch(8), checkpointing=True)).total
 
     def test_text(self, deep) -> None:
         estimator = _estimator(deep)
         text = format_fits(estimator, Settings())
-        assert text.count("GB  fits") == len(memory.GPU_SIZES)
-        table = format_estimate(estimator.estimate(Settings()))
-        assert "vision" in table and "at the peak" in table
-        assert GB == 10**9
+        assert text.count("GB  fits") == len(memory_report.GPU_SIZES)
+        table = format_estimate(estimator, Settings(checkpointing=True))
+        assert "activations, vision" in table and "with checkpointing (as set)" in table
+        assert "fits 24 GB as it is" in format_changes(estimator, Settings(), 24)
+        assert "nor with a batch of 1, checkpointing and 4 bits" in format_changes(estimator, Settings(), 1e-4)
+        ways = format_ways({"LoRA": (estimator, 16), "QLoRA": (estimator, 4)}, Settings())
+        assert "8 zero3" in ways and len(ways.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("optim", "numbers"), [("adamw_torch", 8), ("adamw_bnb_8bit", 2), ("sgd", 0)])
+def test_optimizers(optim, numbers, deep) -> None:
+    found = _estimator(deep).estimate(Settings(optim=optim))
+    assert found.kinds["optimizer states"] == numbers * found.parts["all"]["trainable"] > 0 or optim == "sgd"
 
 
 def test_counting_sees_what_is_freed() -> None:

@@ -24,9 +24,10 @@ def estimate(argv: list[str]) -> int:
     from vlmtune.config import EvaluationArguments, TrainingArguments, VLMDataArguments
     from vlmtune.config.recipe import parse_arguments
     from vlmtune.config.training_options import TrainingOptions
-    from vlmtune.models.memory import MemoryEstimator, Settings, adapter_from, format_estimate, format_fits
+    from vlmtune.models.memory import Settings
+    from vlmtune.models.memory_report import format_changes, format_estimate, format_fits, format_ways
     from vlmtune.models.memory_trace import Batch
-    from vlmtune.training.loss import chunked_cross_entropy
+    from vlmtune.training.memory_plan import run_estimator, ways_to_train
 
     recipe_path, flags = recipe_and_flags(argv)
     model, args, training = parse_arguments(
@@ -35,13 +36,7 @@ def estimate(argv: list[str]) -> int:
         recipe_path,
         ignored=[VLMDataArguments, EvaluationArguments, TrainingArguments],
     )
-    estimator = MemoryEstimator(
-        model.model_name_or_path,
-        chunked_cross_entropy,
-        adapter_from(model),
-        model.torch_dtype,
-        options={"revision": model.model_revision, "trust_remote_code": model.trust_remote_code},
-    )
+    estimator = run_estimator(model, training)
     trained = set(model.lora_scopes if model.use_lora else model.train_parts)
     cached = args.cache_image_features != "off" and not trained & {"vision", "projector"}
     settings = Settings(
@@ -57,15 +52,22 @@ def estimate(argv: list[str]) -> int:
         bits=4 if model.use_4bit else 8 if model.use_8bit else 16,
         devices=args.devices,
         strategy=args.strategy,
+        optim=args.optim,
     )
     found = estimator.estimate(settings)
     tokens = found.image_tokens + args.text_tokens
+    weights, computing = (str(dtype).removeprefix("torch.") for dtype in (estimator.number_format, estimator.autocast))
     print(
         f"{model.model_name_or_path}: {settings.batch.samples} samples of {tokens} tokens on each of "
-        f"{settings.devices} devices ({settings.strategy}), weights in "
-        f"{str(estimator.number_format).removeprefix('torch.')}\n"
+        f"{settings.devices} devices ({settings.strategy}), weights in {weights}"
+        f"{f', computed in {computing}' if estimator.autocast else ''}\n"
     )
-    print(format_estimate(found))
+    print(format_estimate(estimator, settings))
     print()
+    if args.gpu_gb is not None:
+        print(format_changes(estimator, settings, args.gpu_gb))
+        return 0
     print(format_fits(estimator, settings))
+    print()
+    print(format_ways(ways_to_train(model, training, estimator), settings))
     return 0

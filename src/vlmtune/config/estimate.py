@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from vlmtune.config.data import Switch
-from vlmtune.config.options import AT_LEAST_ONE, AT_LEAST_ZERO, Checked, Limit, Limits, option
+from vlmtune.config.options import AT_LEAST_ONE, AT_LEAST_ZERO, POSITIVE, Checked, Limit, Limits, option
 
 
 @dataclass
@@ -22,6 +22,11 @@ class EstimateArguments(Checked):
     strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = option(
         "ddp", help="How several devices divide the work: DDP keeps everything on each; FSDP and ZeRO-3 divide all."
     )
+    optim: str = option("adamw_torch", help="The optimizer, as in training; those of 8 bits keep smaller numbers.")
+    gpu_gb: float | None = option(
+        None,
+        help="List every change with which it would fit a GPU of this memory, the one that costs least speed first.",
+    )
     cache_image_features: Switch = option(
         "auto", help="As in training: features of a frozen tower and projector come from the cache."
     )
@@ -31,6 +36,7 @@ class EstimateArguments(Checked):
         "supervised_tokens": AT_LEAST_ONE,
         "images_per_sample": AT_LEAST_ZERO,
         "devices": Limit(low=1, high=64),
+        "gpu_gb": POSITIVE,
     }
 
     def problems(self) -> list[str]:

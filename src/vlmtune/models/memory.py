@@ -7,7 +7,7 @@ and kept bytes grow by the same amount with each, and the whole model's follow.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,12 +25,8 @@ from vlmtune.models.memory_trace import Batch, Loss, StepMemory, trace_step
 from vlmtune.models.quantization import get_torch_dtype
 from vlmtune.models.sizing import count_parameters
 
-GB = 10**9
-GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)
-# Left free on a GPU for the CUDA context and fragmentation.
-USABLE = 0.95
-# Rough factors of time: a second forward pass; unpacking weights in every layer; emptier matrices.
-SLOWER = {"checkpointing": 1.33, "4bit": 1.3, "batch": 1.05, "batch of 1": 1.15}
+# Bytes a trained number that optimizers keep, by what their names hold; others keep two numbers, as Adam does.
+STATES = {"8bit": 2, "sgd": 0, "adafactor": 0, "lion": 4}
 # Layers of the small models that are run, of text and of vision.
 FEW, MORE = 2, 4
 
@@ -64,27 +60,25 @@ class Estimate:
 
     Attributes:
         parts: part -> ``total``, ``trainable``, ``adapter`` parameters and ``bytes``, whole, before any division.
-        kinds: kind of memory -> bytes at the moment of the peak; their sum is ``total``.
+        kinds: kind of memory -> bytes at its most. Not all are at their most at once.
+        total: bytes at the peak.
         image_tokens: soft tokens of a sample.
     """
 
     parts: dict[str, dict[str, int]]
     kinds: dict[str, int]
+    total: int
     image_tokens: int
-
-    @property
-    def total(self) -> int:
-        """Bytes at the peak."""
-        return sum(self.kinds.values())
 
 
 @dataclass(frozen=True)
-class Change:
-    """A change of settings, by the recipe's options, and about how much slower it makes a step."""
+class _Shared:
+    """What one of several devices holds, and what it needs to talk with the others."""
 
-    options: str
-    slower: float
-    total: int
+    weights: int
+    gradients: int
+    optimizer: int
+    communication: int
 
 
 @dataclass
@@ -150,49 +144,35 @@ class MemoryEstimator:
         weights = everything["bytes"] - self._saved_by_quantising(settings.bits)
         gradients = step.gradients
         optimizer = gradients * 2
-        if "8bit" in settings.optim:
-            optimizer = everything["trainable"] * 2
+        for name, numbers in STATES.items():
+            if name in settings.optim:
+                optimizer = everything["trainable"] * numbers
         peak = step.accumulating if settings.accumulation > 1 else step.peak
         working = peak - step.vision - step.language
         if settings.bits < 16:
             # One layer's weights are unpacked at a time.
             working += self.small[0].block * self.number_format.itemsize
-        weights, gathered, gradients_less, optimizer, buckets = self._divide(settings, weights, gradients, optimizer)
+        shared = self._divide(settings, weights, gradients, optimizer)
+        loss = min(step.loss, working)
+        working = loss + max(working - loss - (gradients - shared.gradients), 0)
         kinds = {
-            "weights": weights,
-            "optimizer states": optimizer,
-            "activations, vision": step.vision,
+            "weights": shared.weights,
+            "gradients": shared.gradients,
+            "optimizer states": shared.optimizer,
+            "activations, vision": max(step.vision - step.features, 0),
             "activations, language": step.language,
-            "logits and loss": min(step.loss, working),
-            "gradients and working memory": max(working - step.loss, 0) - gradients_less,
-            "communication": gathered + buckets,
+            "image features": step.features,
+            "logits and loss": loss,
+            "working memory": max(working - max(loss, shared.gradients), 0),
+            "communication": shared.communication,
         }
-        return Estimate(whole, {kind: max(size, 0) for kind, size in kinds.items()}, step.image_tokens)
+        total = shared.weights + shared.optimizer + step.vision + step.language + working + shared.communication
+        return Estimate(whole, kinds, total, step.image_tokens)
 
-    def smallest_change(self, settings: Settings, size_gb: int) -> Change | None:
-        """Return the change of settings that fits a GPU and costs least speed; ``None`` where none does."""
-        found: list[Change] = []
-        quantisable = any(entry["adapter"] for entry in self.small[0].parts.values())
-        for bits in {settings.bits, 4} if quantisable else {settings.bits}:
-            for checkpointing in {settings.checkpointing, True}:
-                samples = settings.batch.samples
-                while True:
-                    factor = settings.batch.samples // samples
-                    changed = replace(
-                        settings,
-                        batch=replace(settings.batch, samples=samples),
-                        accumulation=settings.accumulation * factor,
-                        checkpointing=checkpointing,
-                        bits=bits,
-                    )
-                    total = self.estimate(changed, largest=settings.batch.samples).total
-                    if total <= size_gb * GB * USABLE:
-                        found.append(_change(settings, changed, total))
-                        break
-                    if samples == 1 or samples % 2:
-                        break
-                    samples //= 2
-        return min(found, key=lambda change: (change.slower, change.total), default=None)
+    @property
+    def quantisable(self) -> bool:
+        """Whether the weights that 4 bits are for are frozen."""
+        return any(entry["adapter"] for entry in self.small[0].parts.values())
 
     def _step(self, settings: Settings, largest: int = 0) -> StepMemory:
         """Trace the batch, or take it from traces of one sample and of ``largest``.
@@ -275,25 +255,24 @@ class MemoryEstimator:
         packed = linear // 2 + linear // 64 + 4 * linear // (64 * 256) if bits == 4 else linear + 4 * rows
         return linear * self.number_format.itemsize - packed
 
-    def _divide(
-        self, settings: Settings, weights: int, gradients: int, optimizer: int
-    ) -> tuple[int, int, int, int, int]:
-        """Weights, what is gathered of them, how much less gradients, optimizer states, and buckets, on a device."""
+    def _divide(self, settings: Settings, weights: int, gradients: int, optimizer: int) -> _Shared:
         devices, strategy = settings.devices, settings.strategy
         if strategy.startswith("zero"):
             # DeepSpeed keeps float32 copies of the trained weights beside Adam's two numbers.
             trainable = self._grow([small.parts["all"]["trainable"] for small in self.small])
             optimizer = trainable * 12
         if devices == 1:
-            return weights, 0, 0, optimizer, 0
+            return _Shared(weights, gradients, optimizer, 0)
         if strategy == "ddp":
-            return weights, 0, 0, optimizer, gradients
-        rest = gradients - gradients // devices if strategy != "zero1" else 0
+            # Buckets that are sent, beside the gradients themselves.
+            return _Shared(weights, gradients, optimizer, gradients)
+        own_gradients = gradients if strategy == "zero1" else gradients // devices
         if strategy in ("zero1", "zero2"):
-            return weights, 0, rest, optimizer // devices, 0
+            return _Shared(weights, own_gradients, optimizer // devices, 0)
         one, two = self.small[0].parts["all"]["bytes"], self.small[1].parts["all"]["bytes"]
+        # The layer that computes, and the next, are gathered.
         layer = (one - two) // self.steps[0]
-        return weights // devices, 2 * layer, rest, optimizer // devices, 0
+        return _Shared(weights // devices, own_gradients, optimizer // devices, 2 * layer)
 
 
 def adapter_from(model_args: Any) -> Callable[[nn.Module], nn.Module]:
@@ -301,64 +280,6 @@ def adapter_from(model_args: Any) -> Callable[[nn.Module], nn.Module]:
     if model_args.use_lora:
         return lambda model: setup_lora(model, **vars(model_args))
     return lambda model: prepare_full_finetuning(model, parts=model_args.train_parts)
-
-
-def format_estimate(estimate: Estimate) -> str:
-    """Return the estimate as two tables for people."""
-    rows = [("part", "parameters", "trainable", "weights")]
-    for part, entry in estimate.parts.items():
-        rows.append((part, f"{entry['total']:,}", f"{entry['trainable']:,}", gigabytes(entry["bytes"])))
-    kinds = [("memory on each device", "")] + [(k, gigabytes(size)) for k, size in estimate.kinds.items() if size]
-    kinds.append(("at the peak", gigabytes(estimate.total)))
-    return _table(rows) + "\n\n" + _table(kinds)
-
-
-def format_fits(estimator: MemoryEstimator, settings: Settings) -> str:
-    """Return for each size of GPU whether the run fits, and the smallest change with which it would."""
-    total = estimator.estimate(settings).total
-    lines = []
-    for size in GPU_SIZES:
-        if total <= size * GB * USABLE:
-            lines.append(f"{size:>4} GB  fits, {gigabytes(round(size * GB * USABLE) - total)} to spare")
-            continue
-        change = estimator.smallest_change(settings, size)
-        if change is None:
-            lines.append(f"{size:>4} GB  does not fit, nor with a smaller batch, checkpointing and quantisation")
-        else:
-            lines.append(
-                f"{size:>4} GB  does not fit; would with {change.options} "
-                f"({gigabytes(change.total)}, a step about {change.slower:.2g} times as long)"
-            )
-    return "\n".join(lines)
-
-
-def gigabytes(size: int) -> str:
-    """Return bytes as text, in GB of 10**9 bytes."""
-    return f"{size / GB:,.2f} GB" if size >= 10**7 else f"{size / 10**6:,.2f} MB"
-
-
-def _change(old: Settings, new: Settings, total: int) -> Change:
-    options, slower = [], 1.0
-    if new.batch.samples != old.batch.samples:
-        options.append(
-            f"per_device_train_batch_size: {new.batch.samples}, gradient_accumulation_steps: {new.accumulation}"
-        )
-        slower *= SLOWER["batch of 1" if new.batch.samples == 1 else "batch"]
-    if new.checkpointing != old.checkpointing:
-        options.append("activation_checkpointing: true")
-        slower *= SLOWER["checkpointing"]
-    if new.bits != old.bits:
-        options.append("use_4bit: true")
-        slower *= SLOWER["4bit"]
-    return Change(", ".join(options), slower, total)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    )
 
 
 def _text(config: Any) -> Any:

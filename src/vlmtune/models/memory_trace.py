@@ -168,7 +168,8 @@ def trace_step(
     autocast = autocast or MetaAutocast(None)
     with _fused_attention(autocast), autocast, CountingMode() as mode:
         mode.ignore(model)
-        hooks = [p.register_post_accumulate_grad_hook(mode.finished) for p in model.parameters() if p.requires_grad]
+        trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(mode.finished) for parameter in trained]
         features = _image_features(base, family, batch)
         vision = mode.live
         hidden = _hidden_states(base, family, batch, features)
@@ -183,7 +184,7 @@ def trace_step(
         autocast.end_forward()
         total.backward()  # type: ignore[no-untyped-call]
         del total
-        peak, gradients, beside = mode.peak, mode.live, mode.beside
+        peak, gradients, beside = mode.peak, mode.gradients, mode.beside
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
