@@ -94,12 +94,14 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.gradients = self.beside = 0
+        self._embedding: torch.Size | None = None
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def ignore(self, model: nn.Module) -> None:
         """Do not count what is there already."""
         for tensor in (*model.parameters(), *model.buffers()):
             self._seen.add(tensor.untyped_storage())
+        self._embedding = base_model(model).get_input_embeddings().weight.shape
 
     def finished(self, parameter: Tensor) -> None:
         """Take note that a parameter's gradient is whole."""
@@ -108,6 +110,10 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = _elementwise(args) if func in ELEMENTWISE else None
+        if func is _ATEN.add.Tensor and made is not None and made.shape == self._embedding:
+            # The gradients of an embedding and of the head tied to it: autograd adds them in place, but not under a
+            # dispatch mode.
+            made = args[0]
         if made is None:
             made = func(*args, **(kwargs or {}))
         for tensor in (made,) if isinstance(made, Tensor) else tree_iter(made):
