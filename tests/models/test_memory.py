@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -175,6 +176,13 @@ class TestParameters:
 
     def test_weights_are_not_read(self, deep, tmp_path) -> None:
         (tmp_path / "config.json").write_bytes((deep / "config.json").read_bytes())
+        assert _estimator(tmp_path).estimate(Settings()) == _estimator(deep).estimate(Settings())
+
+    def test_the_configurations_own_number_format(self, deep, tmp_path) -> None:
+        config = json.loads((deep / "config.json").read_text())
+        for part in (config, config["text_config"], config["vision_config"]):
+            part["dtype"] = "bfloat16"
+        (tmp_path / "config.json").write_text(json.dumps(config))
         assert _estimator(tmp_path).estimate(Settings()) == _estimator(deep).estimate(Settings())
 
     def test_no_model(self, tmp_path) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from vlmtune.config.options import (
     AT_LEAST_ONE,
@@ -36,6 +36,15 @@ class TrainingOptions:
     per_device_eval_batch_size: int = option(8, help="Samples a device takes at once for the evaluation loss.")
     gradient_accumulation_steps: int = option(
         1, help="Batches gathered into one optimizer step; 4 batches of 1 give the same step as 1 batch of 4."
+    )
+    device_batch_size: Literal["auto"] | None = option(
+        None,
+        help="auto takes as many samples at once as fit the device's memory, by an estimate and a step with the "
+        "heaviest rows, and adapts gradient_accumulation_steps: the optimizer's step stays "
+        "per_device_train_batch_size times gradient_accumulation_steps samples a device.",
+    )
+    device_memory_gb: float | None = option(
+        None, help="Memory of a device, in gigabytes, that device_batch_size auto may fill; by default what is free."
     )
     learning_rate: float = option(
         2e-4,
@@ -112,6 +121,7 @@ class TrainingOptions:
         "per_device_train_batch_size": AT_LEAST_ONE,
         "per_device_eval_batch_size": AT_LEAST_ONE,
         "gradient_accumulation_steps": AT_LEAST_ONE,
+        "device_memory_gb": POSITIVE,
         "learning_rate": POSITIVE,
         "warmup_steps": AT_LEAST_ZERO,
         "weight_decay": AT_LEAST_ZERO,

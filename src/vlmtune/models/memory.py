@@ -143,10 +143,7 @@ class MemoryEstimator:
         everything = whole["all"]
         weights = everything["bytes"] - self._saved_by_quantising(settings.bits)
         gradients = step.gradients
-        optimizer = gradients * 2
-        for name, numbers in STATES.items():
-            if name in settings.optim:
-                optimizer = everything["trainable"] * numbers
+        optimizer = state_bytes(settings.optim, everything["trainable"], gradients)
         peak = step.accumulating if settings.accumulation > 1 else step.peak
         working = peak - step.vision - step.language
         if settings.bits < 16:
@@ -227,6 +224,9 @@ class MemoryEstimator:
             text.layer_types = text.layer_types[:text_layers]
         text.num_hidden_layers, config.vision_config.num_hidden_layers = text_layers, vision_layers
         config._attn_implementation = "sdpa"
+        # Parts that transformers makes by their own configuration follow what that says.
+        for part in (config, text, config.vision_config):
+            part.dtype = self.number_format
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.number_format)
         try:
@@ -273,6 +273,18 @@ class MemoryEstimator:
         # The layer that computes, and the next, are gathered.
         layer = (one - two) // self.steps[0]
         return _Shared(weights // devices, own_gradients, optimizer // devices, 2 * layer)
+
+
+def state_bytes(optim: str, trained: int, gradients: int) -> int:
+    """Return the bytes that an optimizer keeps.
+
+    Args:
+        optim: its name.
+        trained: numbers that are trained.
+        gradients: bytes of their gradients.
+    """
+    known = next((numbers for name, numbers in STATES.items() if name in optim), None)
+    return gradients * 2 if known is None else trained * known
 
 
 def adapter_from(model_args: Any) -> Callable[[nn.Module], nn.Module]:

@@ -29,6 +29,7 @@ from vlmtune.models.serving import SERVERS, training_limits
 from vlmtune.models.sizing import count_parameters, format_parameter_table
 from vlmtune.training.answer_scores import AnswerScorer, choose_best_by
 from vlmtune.training.callbacks import TowerAside
+from vlmtune.training.device_batch import DeviceBatch
 from vlmtune.training.environment import setup_training_environment
 from vlmtune.training.image_reuse import (
     Progress,
@@ -162,6 +163,10 @@ def run_training(
     if isinstance(collator, SharedImageCollator):
         sets = [dataset for dataset in (train_set, eval_set) if dataset is not None]
         collator.cache = _feature_cache(trainer, collator, data_args, sets, progress)
+    if training_args.device_batch_size == "auto":
+        DeviceBatch(
+            trainer, lambda: _sampler(train_set, train_scan, data_args, training_args), train_scan, model_args
+        ).choose()
     # Written last, so that a run that cannot begin leaves an empty directory and can be started again.
     if writes:
         _record_left_out(output_dir, left_out)
