@@ -31,6 +31,7 @@ from vlmtune.data.recognition import choose_format, resolve
 from vlmtune.data.sample import ImageRef
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 from vlmtune.evaluation.compare import compare, format_comparison
+from vlmtune.evaluation.defaults import default_metrics
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.honesty import check_honesty, format_honesty
 from vlmtune.evaluation.metrics import get_metric
@@ -64,7 +65,7 @@ def run_evaluation(
         get_metric(name)
     data = load_evaluation_data(data_args)
     data = stratified(data, evaluation_args.eval_samples, data_args.split_seed)
-    metrics = evaluation_args.metrics or [get_metric(name).name for name in data.metrics]
+    metrics = evaluation_args.metrics or default_metrics(data.metrics, data.dataset)
     compared = read_predictions(output_args.compare_to) if output_args.compare_to else None
     folder = evaluation_folder(model_args, adapter_args, output_args)
     logger.info("evaluating on %s samples of %s", f"{len(data.dataset):,}", data.source)

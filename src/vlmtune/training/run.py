@@ -19,6 +19,7 @@ from vlmtune.batching.sharing import describe_saving
 from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
 from vlmtune.data.loading import LoadedData, fingerprint, load_train_and_eval
 from vlmtune.errors import ConfigError
+from vlmtune.evaluation.defaults import default_metrics
 from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
@@ -229,7 +230,7 @@ def _answer_scorer(
     return AnswerScorer(
         rows,
         processor,
-        options.metrics or data.metrics,
+        options.metrics or default_metrics(data.metrics, rows),
         options,
         count=args.eval_answers,
         seed=data_args.split_seed,

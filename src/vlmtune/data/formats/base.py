@@ -13,6 +13,7 @@ DEFAULT_CAPTION_PROMPT = "Describe this image."
 # What a person's prompt may hold, for what each row asks; none of them in one for captions.
 FIELDS = ("{question}", "{labels}", "{phrase}")
 QUESTION, LABELS, PHRASE = FIELDS
+CAPTION_METRICS = ("cider", "bleu4", "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Format:
         detect: whether a folder or file is of this format; cheap, reads at most a file's first lines.
         splits: names of the splits that a folder or file holds; empty when it names none.
         load: yields samples in the files' order and sets bad rows aside; images are checked by the caller.
-        metrics: metrics that answers in this format are scored with by default.
+        metrics: metrics that answers in this format are scored with by default; none where it can hold anything.
         asks: which of ``FIELDS`` a prompt of one's own may hold, empty for none of them; nothing where the rows are of
             several kinds, and a prompt is for those that it fits.
     """
@@ -54,7 +55,7 @@ class Format:
     detect: Callable[[Path], bool]
     splits: Callable[[Path], tuple[str, ...]]
     load: Callable[[Source, Quarantine], Iterator[Sample]]
-    metrics: tuple[str, ...] = ("exact_match",)
+    metrics: tuple[str, ...] = ()
     asks: tuple[str, ...] = ("",)
 
     def prompt_problem(self, prompt: str | None) -> str | None:

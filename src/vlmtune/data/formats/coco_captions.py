@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.formats.base import Format, Source
+from vlmtune.data.formats.base import CAPTION_METRICS, Format, Source
 from vlmtune.data.formats.captions import Caption, caption_samples
 from vlmtune.data.formats.coco import files_of, image_folders, rows_of
 from vlmtune.data.formats.files import chosen, find_folder, has_keys, id_prefix, plain_name
@@ -83,4 +83,5 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
+    metrics=CAPTION_METRICS,
 )

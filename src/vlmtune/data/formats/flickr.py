@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlmtune.data.formats.base import Format, Source, first_line
+from vlmtune.data.formats.base import CAPTION_METRICS, Format, Source, first_line
 from vlmtune.data.formats.captions import Caption, caption_samples
 from vlmtune.data.formats.files import named_folder
 from vlmtune.data.images import EXTENSIONS
@@ -252,4 +252,5 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
+    metrics=CAPTION_METRICS,
 )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlmtune.data.formats.base import Format, Source, first_line
+from vlmtune.data.formats.base import CAPTION_METRICS, Format, Source, first_line
 from vlmtune.data.formats.captions import Caption, caption_samples
 from vlmtune.data.formats.files import SPLITS, chosen, id_prefix
 from vlmtune.data.images import EXTENSIONS
@@ -92,4 +92,5 @@ FORMAT = Format(
     detect=detect,
     splits=splits,
     load=load,
+    metrics=CAPTION_METRICS,
 )
