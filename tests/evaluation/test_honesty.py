@@ -23,7 +23,8 @@ from vlmtune.evaluation.honesty import (
     shared_images,
     shuffle_images,
 )
-from vlmtune.evaluation.runner import evaluate, read_predictions
+from vlmtune.evaluation.predictions_file import read_predictions
+from vlmtune.evaluation.runner import evaluate
 
 COLORS = ("red", "green", "blue", "teal")
 

@@ -16,9 +16,11 @@ from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import ConfigError, EvaluationError, OutputError
 from vlmtune.evaluation.answering import Prediction
+from vlmtune.evaluation.compare import compare
 from vlmtune.evaluation.generation import Answer, AnswerGenerator
 from vlmtune.evaluation.likelihood import TextScorer
-from vlmtune.evaluation.runner import evaluate, format_table, read_predictions, score
+from vlmtune.evaluation.predictions_file import read_predictions
+from vlmtune.evaluation.runner import evaluate, format_table, score
 
 ANSWERS = ["red", "blue", "green", "дог — ☂", "two\nlines", "odd\u2028\x85line\x1eends", 'quotes "', ""]
 
@@ -281,8 +283,8 @@ class TestReading:
 
     @pytest.mark.parametrize(
         "change",
-        [{"answer": None}, {"references": "red"}, {"extra": 1}, {"id": ...}, {"images": None}],
-        ids=lambda change: next(iter(change)),
+        [{"answer": None}, {"references": [1]}, {"references": ...}, {"images": None}, {"meta": 1}],
+        ids=str,
     )
     def test_not_a_prediction(self, change, tmp_path) -> None:
         row = dataclasses.asdict(Prediction("a", "What?", (), "red", ("red",), True, 1, 0.1)) | change
@@ -290,6 +292,26 @@ class TestReading:
         (tmp_path / "predictions.jsonl").write_text(json.dumps(row))
         with pytest.raises(EvaluationError, match="line 1, is not a prediction"):
             read_predictions(tmp_path)
+
+    def test_of_other_programs(self, tmp_path) -> None:
+        rows = [{"answer": "a dog", "references": "dog", "question": "What?", "question_type": "animal"}]
+        rows.append({"id": 7, "answer": "", "references": ["cat", "a cat"], "images": ["7.jpg"], "meta": {"a": 1}})
+        (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        first, second = read_predictions(tmp_path / "mine.jsonl")
+        assert (first.id, first.prompt, first.references) == ("1", "What?", ("dog",))
+        assert first.meta == {"question": "What?", "question_type": "animal"} and first.ended
+        assert (second.id, second.images, second.meta) == ("7", ("7.jpg",), {"a": 1})
+        assert score([first, second], ["exact_match"]).table["exact_match"]["n"] == 2
+
+    def test_one_id_twice(self, tmp_path) -> None:
+        (tmp_path / "mine.jsonl").write_text('{"id": "a", "answer": "", "references": []}\n' * 2)
+        with pytest.raises(EvaluationError, match="line 2, has the id 'a' of another line"):
+            read_predictions(tmp_path / "mine.jsonl")
+
+    def test_empty(self, tmp_path) -> None:
+        (tmp_path / "mine.jsonl").write_text("\n\n")
+        with pytest.raises(EvaluationError, match=r"mine\.jsonl is empty"):
+            read_predictions(tmp_path / "mine.jsonl")
 
     def test_an_unfinished_file_is_an_error(self, tmp_path) -> None:
         run(Scripted(), make_dataset(3), tmp_path)
@@ -307,6 +329,64 @@ def test_a_metric_that_cannot_score() -> None:
     prediction = Prediction("a", "Where?", (), "red", ("not a box",), True, 1, 0.1)
     with pytest.raises(EvaluationError, match="iou cannot score these answers"):
         score([prediction], ["iou"])
+
+
+def test_a_metric_that_cannot_score_leaves_the_others(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = make_dataset(4)
+    found = evaluate(Scripted(), dataset, ["iou", "exact_match"], tmp_path, name="tiny")
+    assert list(found.table) == ["exact_match"] and list(found.failed) == ["iou"]
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert list(record["metrics"]) == ["exact_match"] and "each must be a" in record["failed"]["iou"]
+    assert "iou cannot score these answers" in caplog.text
+    with pytest.raises(EvaluationError, match="iou cannot score"):
+        compare(found.predictions, found.predictions, ["exact_match", "iou"])
+
+
+class TestBadSamples:
+    """A sample that cannot be asked stops no other."""
+
+    @pytest.fixture
+    def dataset(self, image_folder: Path, tmp_path: Path):
+        import datasets
+
+        samples = []
+        for number in range(6):
+            path = tmp_path / f"{number}.jpg"
+            path.write_bytes((image_folder / f"{number}.jpg").read_bytes()[: 200 if number in (1, 4) else None])
+            message = (Message.make("user", f"What is {number}?", images=1), Message.make("assistant", "red"))
+            samples.append(Sample(str(number), (ImageRef(str(path)),), message, ("red",)))
+        return datasets.Dataset.from_list([sample.to_row() for sample in samples])
+
+    def test_the_others_are_scored(self, tiny, dataset, tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+        shown: list[tuple[int, int]] = []
+        found = run(tiny, dataset, tmp_path / "e", progress=lambda *numbers: shown.append(numbers))
+        assert [one.id for one in found.predictions] == ["0", "2", "3", "5"]
+        assert shown[-1] == (6, 6)
+        record = json.loads((tmp_path / "e" / "scores.json").read_text())
+        assert record["samples"] == record["metrics"]["exact_match"]["n"] == 4
+        assert list(record["unanswered"]) == ["1", "4"] and "1.jpg" in record["unanswered"]["1"]
+        assert "2 of 6 samples cannot be asked and are not scored" in caplog.text and "4.jpg" in caplog.text
+        alone = run(tiny, dataset.select([0, 2, 3, 5]), tmp_path / "good")
+        untimed = [[dataclasses.replace(one, seconds=0) for one in e.predictions] for e in (found, alone)]
+        assert untimed[0] == untimed[1]
+
+    def test_a_mended_one_is_asked(self, tiny, dataset, image_folder: Path, tmp_path) -> None:
+        run(tiny, dataset, tmp_path / "e")
+        (tmp_path / "1.jpg").write_bytes((image_folder / "1.jpg").read_bytes())
+        found = run(tiny, dataset, tmp_path / "e")
+        assert [one.id for one in found.predictions] == ["0", "1", "2", "3", "5"]
+
+    def test_none_is_left(self, tiny, dataset, tmp_path) -> None:
+        with pytest.raises(EvaluationError, match="None of the samples can be asked"):
+            run(tiny, dataset.select([1, 4]), tmp_path / "e")
+
+    def test_what_is_no_fault_of_a_sample_goes_on_being_an_error(self, tiny, dataset, tmp_path, monkeypatch) -> None:
+        def fails(self, samples):
+            raise EvaluationError("the model is ill")
+
+        monkeypatch.setattr(AnswerGenerator, "__call__", fails)
+        with pytest.raises(EvaluationError, match="the model is ill"):
+            run(tiny, dataset.select([0, 2]), tmp_path / "e")
 
 
 def test_table() -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vlmtune.errors import ConfigError, nearest
+
+logger = logging.getLogger("vlmtune")
+SECONDS_BETWEEN_LINES = 30
 
 
 def asks_help(argv: list[str]) -> bool:
@@ -120,7 +124,9 @@ def set_up_output() -> None:
 
 
 def progress(title: str) -> Callable[[int, int], None]:
-    """Return a function that shows a bar with the time left, on a terminal."""
+    """Return a function that shows how far something is, and the time left: a bar on a terminal, else log lines."""
+    if not sys.stderr.isatty():
+        return _lines(title)
     from tqdm import tqdm
 
     bar: Any = None
@@ -128,10 +134,34 @@ def progress(title: str) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, desc=title, unit="", disable=not sys.stderr.isatty(), leave=False)
+            bar = tqdm(total=total, desc=title, unit="", leave=False)
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
             bar = None
+
+    return show
+
+
+def _lines(title: str) -> Callable[[int, int], None]:
+    """Return a function that logs how far something is, and the time left, every half minute."""
+    began: tuple[float, int] | None = None
+    said = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        nonlocal began, said
+        now = time.perf_counter()
+        if began is None:
+            # What an earlier run left, and what was done before the first call, says nothing of this one's speed.
+            began = now, done
+        elif done < total and now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            left = (now - began[0]) / max(done - began[1], 1) * (total - done)
+            spoken = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+            logger.info(
+                "%s: %s of %s (%.0f %%), about %s left", title, f"{done:,}", f"{total:,}", 100 * done / total, spoken
+            )
+        if done >= total:
+            began = None
 
     return show

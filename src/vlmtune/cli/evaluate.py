@@ -33,10 +33,13 @@ def evaluate(argv: list[str]) -> int:
     if asks_help(argv):
         print_help(
             "usage: vlmtune evaluate [RECIPE.yaml] [--option value ...]\n"
-            "       vlmtune evaluate --predictions FILE [--metrics NAME ...]\n\n"
+            "       vlmtune evaluate --predictions FILE [--metrics NAME ...] [--evaluation_dir DIR]\n"
+            "\n"
             "Generates answers for the evaluation data and scores them, each metric with its 95 % interval. The data\n"
             "are those that validation_fraction holds out, or eval_split, or the split test, validation, val or dev,\n"
-            "or everything. Options of a training recipe that do not concern evaluation are passed over.",
+            "or everything. Options of a training recipe that do not concern evaluation are passed over.\n\n"
+            "With --predictions, answers that exist already are scored, and no model is loaded. --samples N is short\n"
+            "for --eval_samples N.",
             classes,
             without=TRAINING_DATA_OPTIONS,
         )
@@ -47,6 +50,7 @@ def evaluate(argv: list[str]) -> int:
     from vlmtune.evaluation.ranks import is_first
 
     recipe_path, flags = recipe_and_flags(argv)
+    flags = ["--eval_" + flag[2:] if flag.partition("=")[0] == "--samples" else flag for flag in flags]
     ignored = [ModelWithLoRAArguments, VLMDataArguments, TrainingArguments]
     if any(flag.partition("=")[0] == "--predictions" for flag in flags):
         scoring = parse_arguments(

@@ -52,7 +52,9 @@ class EvaluationOutputArguments(Checked):
         None, help="Folder for answers and scores; by default evaluation inside the folder of the adapter or model."
     )
     predictions: str | None = option(
-        None, help="Score this predictions.jsonl instead of generating answers; no model is loaded."
+        None,
+        help="Score the answers in this file of JSON lines, or evaluation's folder, instead of generating any; a line "
+        "needs answer and references. No model is loaded.",
     )
     compare_to: str | None = option(
         None, help="Folder of another evaluation on the same data, such as the base model's, to compare with."

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmtune.data.formats.questions import LETTERS
 from vlmtune.data.sample import Sample
+from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.likelihood import TextScorer
 
@@ -36,9 +37,9 @@ class Prediction:
     images: tuple[str, ...]
     answer: str
     references: tuple[str, ...]
-    ended: bool
-    tokens: int
-    seconds: float
+    ended: bool = True
+    tokens: int = 0
+    seconds: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict)
     options: dict[str, float] = field(default_factory=dict)
     reference_loss: tuple[float, int] = (0.0, 0)
@@ -58,6 +59,17 @@ class Answerer:
     def __init__(self, generator: AnswerGenerator, *, choose_by: str, reads: Sequence[str] = ()) -> None:
         self.generator, self.scorer = generator, TextScorer(generator)
         self.choose_by, self.with_losses = choose_by, "reference_loss" in reads
+
+    def except_bad(self, samples: Sequence[Sample]) -> list[Prediction | tuple[str, str]]:
+        """Return the predictions, and (id, reason) of samples that cannot be asked; one of these stops no other."""
+        try:
+            return list(self(samples))
+        except VlmtuneError:
+            bad = {sample.id: reason for sample in samples if (reason := self.generator.problem(sample))}
+            if not bad:
+                raise
+        good = [sample for sample in samples if sample.id not in bad]
+        return [*(self(good) if good else ()), *bad.items()]
 
     def __call__(self, samples: Sequence[Sample]) -> list[Prediction]:
         """Return the predictions, in order."""

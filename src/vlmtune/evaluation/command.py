@@ -31,12 +31,13 @@ from vlmtune.data.recognition import choose_format, resolve
 from vlmtune.data.sample import ImageRef
 from vlmtune.errors import ConfigError, DataError, VlmtuneError
 from vlmtune.evaluation.compare import compare, format_comparison
-from vlmtune.evaluation.defaults import default_metrics
+from vlmtune.evaluation.defaults import default_metrics, metrics_of
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.honesty import check_honesty, format_honesty
 from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.prediction import Predictor, read_questions, require_readable
-from vlmtune.evaluation.runner import Progress, evaluate, format_table, read_predictions, score, scored_samples
+from vlmtune.evaluation.predictions_file import read_predictions
+from vlmtune.evaluation.runner import Progress, evaluate, format_table, keep, score, scored_samples
 from vlmtune.models.checkpoint import is_adapter_dir
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.quantization import quantization_of
@@ -78,18 +79,18 @@ def run_evaluation(
     if evaluation_args.honesty == "on":
         honesty = check_honesty(
             generator,
-            scored_samples(data.dataset),
+            [sample for sample in scored_samples(data.dataset) if sample.id not in found.unanswered],
             found,
-            metrics,
+            list(found.table),
             folder,
             **how,
             base=None if output_args.compare_to else base_of(model),
             training=training_images(data_args),
-            base_skipped="compare_to names what to compare with" if output_args.compare_to else None,
+            base_skipped=_why_no_base(model, name, compared=bool(output_args.compare_to)),
         )
         lines[1:1] = ["", format_honesty(honesty), ""]
     if compared is not None:
-        lines[1:1] = ["", format_comparison(compare(compared, found.predictions, metrics)), ""]
+        lines[1:1] = ["", format_comparison(compare(compared, found.predictions, list(found.table))), ""]
     return "\n".join(lines)
 
 
@@ -113,14 +114,34 @@ def base_of(model: Any) -> str | None:
     return str(model.get_base_model().name_or_path) if hasattr(model, "disable_adapter") else None
 
 
+def _why_no_base(model: Any, name: str, *, compared: bool) -> str | None:
+    """Return why a tuned model's base is not scored beside it, where it is not."""
+    if compared:
+        return "compare_to names what to compare with"
+    if base_of(model) is None and (Path(name) / "run.json").is_file():
+        return "the model was tuned in full: score the one it was tuned from, and name its evaluation by compare_to"
+    return None
+
+
 def score_file(evaluation_args: EvaluationArguments, output_args: EvaluationOutputArguments) -> str:
-    """Score predictions that exist already; return the table for people."""
-    predictions = read_predictions(str(output_args.predictions))
-    metrics = evaluation_args.metrics or ["exact_match"]
-    text = format_table(score(predictions, metrics).table)
+    """Score predictions that exist already; return the table for people.
+
+    Raises:
+        VlmtuneError: they cannot be scored, or ``evaluation_dir`` holds something else.
+    """
+    source = str(output_args.predictions)
+    predictions = read_predictions(source)
+    metrics = evaluation_args.metrics or metrics_of([one.references for one in predictions])
+    found = score(predictions, metrics)
+    lines = [format_table(found.table)]
+    if output_args.evaluation_dir:
+        folder = Path(output_args.evaluation_dir).expanduser()
+        keep(folder, found, source)
+        lines.append(f"Answers and scores are in {folder}.")
     if output_args.compare_to:
-        text += "\n\n" + format_comparison(compare(read_predictions(output_args.compare_to), predictions, metrics))
-    return text
+        compared = compare(read_predictions(output_args.compare_to), predictions, list(found.table))
+        lines += ["", format_comparison(compared)]
+    return "\n".join(lines)
 
 
 def predict(

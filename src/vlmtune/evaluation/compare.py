@@ -50,6 +50,8 @@ def compare(base: Sequence[Prediction], tuned: Sequence[Prediction], metrics: Se
     second = score([other for _, other in pairs], metrics)
     table = {}
     for name in metrics:
+        if said := first.failed.get(name) or second.failed.get(name):
+            raise EvaluationError(said)
         try:
             difference, (low, high) = paired_difference(first.scores[name], second.scores[name])
         except ValueError as error:

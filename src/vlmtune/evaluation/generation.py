@@ -25,6 +25,7 @@ from vlmtune.batching.collator import join_images, pad
 from vlmtune.batching.encode import EncodedSample, Encoder
 from vlmtune.config import GenerationArguments
 from vlmtune.data.sample import Sample
+from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.probe import require_sound
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
@@ -109,6 +110,14 @@ class AnswerGenerator:
             dataclasses.replace(answer, text=self.encoder.answer(sample, answer.text))
             for sample, answer in zip(samples, answers, strict=True)
         ]
+
+    def problem(self, sample: Sample) -> str | None:
+        """Return why a sample cannot be asked, such as an image that cannot be read, or ``None``."""
+        try:
+            self.encoder.prompt(sample)
+        except VlmtuneError as error:
+            return str(error)
+        return None
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

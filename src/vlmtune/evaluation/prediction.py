@@ -219,19 +219,12 @@ class Predictor:
         try:
             return list(zip(block, self.generator(block), strict=True))
         except VlmtuneError:
-            bad = {sample.id: reason for sample in block if (reason := self._problem(sample))}
+            bad = {sample.id: reason for sample in block if (reason := self.generator.problem(sample))}
             if not bad:
                 raise
         good = [sample for sample in block if sample.id not in bad]
         answers = dict(zip((sample.id for sample in good), self.generator(good), strict=True)) if good else {}
         return [(sample, answers.get(sample.id) or bad[sample.id]) for sample in block]
-
-    def _problem(self, sample: Sample) -> str | None:
-        try:
-            self.generator.encoder.prompt(sample)
-        except VlmtuneError as error:
-            return str(error)
-        return None
 
     def _continue(self, questions: Questions, output: Path) -> dict[str, str]:
         """Return id -> line of the answers that are there, after making sure that they are this model's."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import Scores, get_metric
 from vlmtune.evaluation.metrics.bootstrap import interval
 from vlmtune.evaluation.metrics.robust import robust_scores
+from vlmtune.evaluation.predictions_file import PREDICTIONS, read_lines, to_line
 from vlmtune.evaluation.ranks import by_first, count, is_first, shared_out
 
-PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
+logger = logging.getLogger("vlmtune.evaluation")
+SETTINGS, SCORES = "settings.json", "scores.json"
+SHOWN = 10
 # Called with (answers done, answers in all).
 Progress = Callable[[int, int], None]
 
@@ -42,11 +46,15 @@ class Evaluation:
         predictions: in the data set's order.
         scores: metric -> its values.
         table: metric -> ``value``, ``low``, ``high`` (95 % interval), ``n``; what ``scores.json`` holds.
+        unanswered: sample -> why it could not be asked.
+        failed: metric -> why it can score none of them.
     """
 
     predictions: list[Prediction]
     scores: dict[str, Scores]
     table: dict[str, dict[str, Any]]
+    unanswered: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -97,27 +105,54 @@ def evaluate(
     done = by_first(lambda: _open_folder(folder, settings))
     pending = [sample for sample in samples if sample.id not in done]
     answerer = Answerer(generator, choose_by=choose_by, reads=reads)
+    unanswered: dict[str, str] = {}
     with (folder / PREDICTIONS).open("a", encoding="utf-8") if is_first() else nullcontext() as file:
         for block in _blocks(pending, 8 * generator.options.eval_batch_size * count()):
-            for prediction in shared_out(block, answerer):
-                done[prediction.id] = prediction
+            for found in shared_out(block, answerer.except_bad):
+                if isinstance(found, tuple):
+                    unanswered[found[0]] = found[1]
+                    continue
+                done[found.id] = found
                 if file:
-                    file.write(_line(prediction))
+                    file.write(to_line(found))
             if file:
                 file.flush()
             if progress and is_first():
-                progress(len(done), len(samples))
-    found = score([done[sample.id] for sample in samples], metrics)
+                progress(len(done) + len(unanswered), len(samples))
+    if unanswered:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in list(unanswered.items())[:SHOWN])
+        counts = len(unanswered), len(samples)
+        logger.warning("%d of %d samples cannot be asked and are not scored:\n%s", *counts, listed)
+    answered = [done[sample.id] for sample in samples if sample.id in done]
+    if not answered:
+        raise EvaluationError("None of the samples can be asked.")
+    scored = dataclasses.replace(score(answered, metrics), unanswered=unanswered)
     record = {
         "model": name,
         **({"source": source} if source else {}),
-        "samples": len(samples),
-        "metrics": found.table,
-        "ended_by_terminator": ended_share(found.predictions),
-        "answer_seconds": round(sum(p.seconds for p in found.predictions), 3),
+        "samples": len(answered),
+        "metrics": scored.table,
+        "ended_by_terminator": ended_share(answered),
+        "answer_seconds": round(sum(p.seconds for p in answered), 3),
+        **({"unanswered": unanswered} if unanswered else {}),
+        **({"failed": scored.failed} if scored.failed else {}),
     }
     by_first(lambda: _write(folder / SCORES, json.dumps(record, indent=2) + "\n"))
-    return found
+    return scored
+
+
+def keep(folder: Path, found: Evaluation, source: str) -> None:
+    """Write the scores of answers from elsewhere as an evaluation of their own, for reports and comparisons.
+
+    Raises:
+        OutputError: the folder holds another evaluation.
+    """
+    lines = "".join(map(to_line, found.predictions))
+    _open_folder(folder, {"model": source, "data": hashlib.sha256(lines.encode()).hexdigest()[:16]})
+    _write(folder / PREDICTIONS, lines)
+    record = {"model": source, "samples": len(found.predictions), "metrics": found.table}
+    record["ended_by_terminator"] = ended_share(found.predictions)
+    _write(folder / SCORES, json.dumps(record, indent=2) + "\n")
 
 
 def ended_share(predictions: Sequence[Prediction]) -> float:
@@ -129,10 +164,11 @@ def ended_share(predictions: Sequence[Prediction]) -> float:
 def score(predictions: list[Prediction], metrics: Sequence[str]) -> Evaluation:
     """Score answers that exist already.
 
-    A sample that a metric fails on is left out of that metric, named in its notes.
+    A sample that a metric fails on is left out of that metric, named in its notes; a metric that can score none is
+    named in a warning, and the others keep their scores.
 
     Raises:
-        EvaluationError: there are none, some have no references, or a metric can score none of them.
+        EvaluationError: there are none, some have no references, or no metric can score them.
     """
     if not predictions:
         raise EvaluationError("There are no predictions to score.")
@@ -146,13 +182,15 @@ def score(predictions: list[Prediction], metrics: Sequence[str]) -> Evaluation:
     references = [prediction.references for prediction in predictions]
     scores: dict[str, Scores] = {}
     table: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     for name in metrics:
         metric = get_metric(name)
         try:
             read = [getattr(prediction, metric.reads) for prediction in predictions] if metric.reads else None
             found = robust_scores(metric, answers, references, [prediction.id for prediction in predictions], read)
         except ValueError as error:
-            raise EvaluationError(f"{name} cannot score these answers: {error}.") from error
+            failed[name] = f"{name} cannot score these answers: {error}."
+            continue
         low, high = interval(found)
         scores[name] = found
         table[name] = {
@@ -164,20 +202,11 @@ def score(predictions: list[Prediction], metrics: Sequence[str]) -> Evaluation:
         }
         if found.notes:
             table[name]["notes"] = list(found.notes)
-    return Evaluation(predictions, scores, table)
-
-
-def read_predictions(path: str | Path) -> list[Prediction]:
-    """Read a predictions file, or that of an evaluation folder.
-
-    Raises:
-        EvaluationError: there is none, or a line is not a prediction.
-    """
-    place = Path(path)
-    file = place / PREDICTIONS if place.is_dir() else place
-    if not file.exists():
-        raise EvaluationError(f"There are no predictions at {place}. Name an evaluation's folder or its {PREDICTIONS}.")
-    return list(_read(file, last_may_be_cut=False).values())
+    if failed and not table:
+        raise EvaluationError("\n".join(failed.values()))
+    for said in failed.values():
+        logger.warning("%s", said)
+    return Evaluation(predictions, scores, table, failed=failed)
 
 
 def format_table(table: Mapping[str, Mapping[str, Any]]) -> str:
@@ -209,12 +238,6 @@ def scored_samples(rows: Iterable[Mapping[str, Any]], *, merge_equal: bool = Tru
     return list(kept.values())
 
 
-def _line(prediction: Prediction) -> str:
-    unsaid = {"meta": {}, "options": {}, "reference_loss": (0.0, 0), "said": ""}
-    row = {name: value for name, value in dataclasses.asdict(prediction).items() if unsaid.get(name) != value}
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
 def _blocks(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
@@ -238,8 +261,8 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Prediction
         _write(file, json.dumps(settings, indent=2) + "\n")
     if not predictions.exists():
         return {}
-    done = _read(predictions, last_may_be_cut=True)
-    _write(predictions, "".join(map(_line, done.values())))
+    done = read_lines(predictions, last_may_be_cut=True)
+    _write(predictions, "".join(map(to_line, done.values())))
     return done
 
 
@@ -268,24 +291,3 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(values[rows].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _read(file: Path, *, last_may_be_cut: bool) -> dict[str, Prediction]:
-    found: dict[str, Prediction] = {}
-    # Bytes: a cut may lie inside a character, and answers may hold what `str.splitlines` takes for a line's end.
-    lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row["answer"], str) or not isinstance(row["references"], list):
-                raise TypeError("answer must be a text, and references a list of texts")
-            for name in ("images", "references", *(["reference_loss"] if "reference_loss" in row else [])):
-                row[name] = tuple(row[name])
-            found[row["id"]] = Prediction(**row)
-        except (ValueError, KeyError, TypeError) as error:
-            if last_may_be_cut and number == len(lines):
-                break
-            raise EvaluationError(f"{file}, line {number}, is not a prediction ({error}). Remove that line.") from error
-    return found

@@ -10,7 +10,8 @@ from typing import Any
 
 from vlmtune.errors import EvaluationError
 from vlmtune.evaluation.answering import Prediction
-from vlmtune.evaluation.runner import PREDICTIONS, SCORES, SETTINGS, read_predictions
+from vlmtune.evaluation.predictions_file import PREDICTIONS, read_predictions
+from vlmtune.evaluation.runner import SCORES, SETTINGS
 
 RUN, LOG = "run.json", "log.jsonl"
 # Differ between any two runs and say nothing about them.
@@ -148,10 +149,8 @@ def _evaluation(folder: Path) -> EvaluationRecord:
     model = Path(str(settings.get("model", "")))
     candidates = [folder.parent] if folder.name == "evaluation" else []
     run = next((_run(place) for place in (*candidates, model) if (place / RUN).is_file()), None)
-    predictions = read_predictions(folder)
-    if not predictions:
-        raise EvaluationError(f"{folder / PREDICTIONS} is empty. Run vlmtune evaluate again; it goes on where it was.")
-    return EvaluationRecord(folder, folder.name, read_json(folder / SCORES), settings, predictions, run)
+    scores = read_json(folder / SCORES)
+    return EvaluationRecord(folder, folder.name, scores, settings, read_predictions(folder), run)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""Scoring answers of other programs by command line, and how a command says how far it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vlmtune.cli import common
+
+from .test_cli_report import refused, vlmtune
+
+ROWS = [
+    {"answer": "a red dog runs over the meadow", "references": ["a red dog runs over a meadow"], "type": "long"},
+    {"answer": "a cat sleeps upon a chair", "references": ["a cat sleeps on a chair", "a sleeping cat"]},
+]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def test_answers_of_another_program(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e") == 0
+    said = capsys.readouterr().out
+    # Two references of a sample: captions.
+    assert [line.split()[0] for line in said.splitlines() if "interval" in line] == ["cider", "bleu4", "rouge_l"]
+    assert f"Answers and scores are in {tmp_path / 'e'}." in said
+    # Twice is no fault, and another file's answers are not written over it.
+    assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e", "--metrics", "wer") == 0
+    mine.write_text(json.dumps(ROWS[0] | {"answer": "other"}))
+    said = refused(capsys, 1, "evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e")
+    assert "already holds an evaluation with another data" in said
+    assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "f", "--metrics", "wer") == 0
+    assert vlmtune("compare", tmp_path / "e", tmp_path / "f") == 0
+    assert "1 samples that all answered are compared, of 2" in capsys.readouterr().out
+    assert (tmp_path / "f" / "compare.html").is_file()
+
+
+def test_no_model_is_loaded(mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("vlmtune.evaluation.command.load", lambda *a: pytest.fail("a model is loaded"))
+    assert vlmtune("evaluate", "--predictions", mine, "--metrics", "rouge_l", "iou") == 0
+    said = capsys.readouterr()
+    assert "rouge_l" in said.out and "iou cannot score these answers" in said.err
+    assert "iou cannot score" in refused(capsys, 1, "evaluate", "--predictions", mine, "--metrics", "iou")
+
+
+def test_bad_files(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine.write_text('{"answer": "x"}\n')
+    assert "line 1, is not a prediction (it has no references)" in refused(
+        capsys, 1, "evaluate", "--predictions", mine, "--metrics", "exact_match"
+    )
+    mine.write_text("")
+    assert "mine.jsonl is empty" in refused(capsys, 1, "evaluate", "--predictions", mine)
+    mine.write_text('{"answer": "x", "references": []}\n')
+    assert "1 of 1 predictions have no references" in refused(capsys, 1, "evaluate", "--predictions", mine)
+
+
+def test_samples_is_short_for_eval_samples(
+    tiny_gemma3_dir: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": str(image_folder / f"{i}.jpg"), "question": "What?", "answer": "red"} for i in range(6)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--model_name_or_path", tiny_gemma3_dir, "--dataset_path", tmp_path / "data.jsonl", "--honesty", "off")
+    flags += ("--max_new_tokens", "2", "--evaluation_dir", tmp_path / "e", "--samples", "4")
+    assert vlmtune("evaluate", *flags) == 0
+    assert json.loads((tmp_path / "e" / "scores.json").read_text())["samples"] == 4
+    assert "samples" in refused(capsys, 2, "evaluate", *flags[:-1], "0")
+
+
+def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(common.sys.stderr, "isatty", lambda: False, raising=False)
+    show = common.progress("Answering")
+    with caplog.at_level(logging.INFO, "vlmtune"):
+        # 200 were there before; 100 then take 10 s.
+        for done in range(200, 1300, 100):
+            show(done, 1200)
+            clock.now += 10
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "Answering: 500 of 1,200 (42 %), about 70 s left",
+        "Answering: 800 of 1,200 (67 %), about 40 s left",
+        "Answering: 1,100 of 1,200 (92 %), about 10 s left",
+    ]
