@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import psutil
 import pytest
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 
 from vlmtune.batching.collator import create_data_collator
-from vlmtune.config import TrainingArguments
+from vlmtune.config import GenerationArguments, TrainingArguments
 from vlmtune.data.loading import load_samples
+from vlmtune.data.sample import ImageRef, Message, Sample
+from vlmtune.evaluation.generation import AnswerGenerator
+from vlmtune.evaluation.runner import evaluate
 from vlmtune.models.lora import setup_lora
 from vlmtune.training.trainer import create_trainer
 
@@ -93,3 +97,24 @@ def test_memory_is_flat_over_evaluation(tiny_model, processor, large_images, tmp
     assert len(kept) == 10
     # Only losses leave a step; logits that were gathered would grow with the data.
     assert all(logits is None and labels is None and loss.numel() == 1 for loss, logits, labels in kept)
+
+
+def test_memory_is_flat_over_generated_answers(tiny_model, processor, large_images, tmp_path) -> None:
+    options = GenerationArguments(max_new_tokens=2, eval_batch_size=4)
+    generator = AnswerGenerator(tiny_model, processor, options)
+    images = [ImageRef(str(large_images / "Images" / f"{number}.jpg")) for number in range(40)]
+
+    def answered(questions: int) -> None:
+        samples = [
+            Sample(f"{i}-{q}", (image,), (Message.make("user", f"no {q}?", images=1),), ("red",))
+            for q in range(questions)
+            for i, image in enumerate(images)
+        ]
+        dataset = datasets.Dataset.from_list([sample.to_row() for sample in samples])
+        evaluate(generator, dataset, ["exact_match"], tmp_path / str(questions), name="tiny")
+
+    answered(1)
+    before = rss()
+    answered(6)
+    # Pixels of 200 more samples would take 170 MiB, their logits and caches of keys and values more.
+    assert rss() - before < 40

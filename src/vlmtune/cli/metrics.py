@@ -24,14 +24,16 @@ def metrics(argv: list[str]) -> int:
     width = max(len(name) for name in METRICS) + 2
     for name, metric in METRICS.items():
         same = "" if name == metric.name else f"the same as {metric.name}: "
-        print(textwrap.fill(name.ljust(width) + same + metric.summary, 118, subsequent_indent=" " * width))
+        needs = f"; needs pip install 'vlmtune[{metric.needs[1]}]'" if metric.needs else ""
+        print(textwrap.fill(name.ljust(width) + same + metric.summary + needs, 118, subsequent_indent=" " * width))
         print(
             textwrap.fill(
                 f"{metric.paper}; {metric.code}", 118, initial_indent=" " * width, subsequent_indent=" " * width
             )
         )
     for name, entry in WITH_ARGUMENT.items():
-        print(textwrap.fill(f"{name}:{entry.argument}  {entry.summary}", 118, subsequent_indent=" " * width))
+        named = f"{name}:{entry.argument}".ljust(width)
+        print(textwrap.fill(named + entry.summary, 118, subsequent_indent=" " * width))
         print(" " * width + entry.paper)
     print("\nYour own function by its dotted path, such as my_metrics.length, is a metric too.")
     return 0
