@@ -86,7 +86,7 @@ def read(member: Member) -> bytes:
 
 def is_archive(path: Path) -> bool:
     """Whether a path is a file that its name calls a tar or zip archive."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    return path.suffix.lower() in SUFFIXES and os.path.isfile(path)  # noqa: PTH113 - no name is too long for it
 
 
 def tar_members(path: Path) -> Iterator[Member]:
