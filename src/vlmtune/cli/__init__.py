@@ -25,6 +25,7 @@ from vlmtune.cli.merge import merge
 from vlmtune.cli.metrics import metrics
 from vlmtune.cli.predict import predict
 from vlmtune.cli.preview import preview
+from vlmtune.cli.push import push
 from vlmtune.cli.report import report
 from vlmtune.cli.serve import serve
 from vlmtune.cli.train import train
@@ -43,6 +44,7 @@ commands:
   estimate [RECIPE] [--option value ...]  how much memory a training takes, and on which GPUs it fits
   evaluate [RECIPE] [--option value ...]  generate answers, score them, compare with another evaluation
   merge ADAPTER OUTPUT_DIR [--option ...] merge an adapter into its base model, and check the result
+  push FOLDER OWNER/NAME [--option ...]   publish a model or adapter on the Hugging Face Hub, private by default
   report FOLDER ... [--output FILE]       write a page of runs and evaluations: scores, pictures, curves
   compare RUN RUN ... [--output FILE]     compare runs: recipes, scores with intervals, samples that flipped
   metrics                                 list the metrics
@@ -66,6 +68,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "estimate": estimate,
     "evaluate": evaluate,
     "merge": merge,
+    "push": push,
     "report": report,
     "compare": compare,
     "metrics": metrics,
