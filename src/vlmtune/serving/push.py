@@ -75,7 +75,8 @@ def push(folder: Path, repository: str, args: PushArguments) -> str:
         raise ConfigError(f"{repository!r} is no name of a repository: {error}") from error
     except hub_errors.OfflineModeIsEnabled as error:
         raise OutputError("The Hub cannot be reached: HF_HUB_OFFLINE is set. Unset it to push.") from error
-    except (hub_errors.HTTPError, OSError) as error:
+    # The base of all its HTTP library's errors, whichever library a version of huggingface_hub has.
+    except (hub_errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         said = " ".join(str(error).split())[:300]
         raise OutputError(
             f"The Hub did not take {folder} as {repository} ({said}). Log in by `hf auth login` with a token that may "
