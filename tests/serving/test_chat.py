@@ -15,7 +15,7 @@ from vlmtune.evaluation.drawn import drawn_sample
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.serving.chat import Chat, _pieces
 
-OPTIONS = GenerationArguments(max_new_tokens=8)
+OPTIONS = GenerationArguments(max_new_tokens=24)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ class TestAnswers:
     def test_the_image_counts(self, client) -> None:
         answers = set()
         for number in range(6):
-            parts = [content(number)[0], {"type": "text", "text": "What colors are there?"}]
+            parts = [content(number)[0], {"type": "text", "text": "Describe this image."}]
             messages = [{"role": "user", "content": parts}]
             answers.add(client.chat.completions.create(model="demo", messages=messages).choices[0].message.content)
         assert len(answers) > 1
