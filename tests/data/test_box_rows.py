@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vlmtune.data.boxes import Box, read_boxes
+from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import Sample
 from vlmtune.errors import QuarantineError
@@ -81,4 +82,4 @@ def test_metrics_of_mixed_rows_are_the_formats(messages_file: Make) -> None:
         {"image": "0.jpg", "sent": "dog", "bbox": [1, 2, 3, 4]},
         {"image": "0.jpg", "question": "What?", "answer": "dog"},
     ]
-    assert load_samples(messages_file(rows)).metrics == ("exact_match",)
+    assert load_samples(messages_file(rows)).metrics == FORMATS["messages"].metrics
