@@ -37,8 +37,7 @@ def estimate(argv: list[str]) -> int:
         ignored=[VLMDataArguments, EvaluationArguments, TrainingArguments],
     )
     estimator = run_estimator(model, training)
-    trained = set(model.lora_scopes if model.use_lora else model.train_parts)
-    cached = args.cache_image_features != "off" and not trained & {"vision", "projector"}
+    cached = args.cache_image_features != "off" and not model.trained_parts & {"vision", "projector"}
     settings = Settings(
         Batch(
             training.per_device_train_batch_size,

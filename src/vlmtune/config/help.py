@@ -61,7 +61,7 @@ def _default(field: dataclasses.Field[Any]) -> str | None:
         return "required"
     else:
         value = field.default
-    if value is None or value == "":
+    if value is None or value in ("", []):
         return None
     if isinstance(value, bool):
         return str(value).lower()

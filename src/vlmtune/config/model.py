@@ -81,16 +81,31 @@ class LoRAArguments(Checked):
     use_lora: bool = option(
         True, help="Train low-rank adapters (LoRA) beside frozen weights; when off, the weights of train_parts."
     )
-    lora_r: int = option(16, help="Rank of the adapters: their size, and how much they can change.")
-    lora_alpha: int = option(32, help="Scale of the adapters; their output is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.05, help="Share of an adapter's inputs set to zero in training.")
     lora_scopes: list[str] = option(
         ["language"], help="Parts of the model that get adapters: some of language, projector, vision."
     )
+    train_parts: list[str] = option(
+        [],
+        help="Parts whose own weights are trained, some of language, projector, vision. By default none beside "
+        "adapters, and language and projector when use_lora is off. What is neither here nor in lora_scopes is frozen.",
+    )
+    lora_r: int = option(16, help="Rank of the adapters: their size, and how much they can change.")
+    lora_alpha: int = option(32, help="Scale of the adapters; their output is multiplied by lora_alpha / lora_r.")
+    vision_lora_r: int | None = option(None, help="Rank of the vision tower's adapters; by default lora_r.")
+    vision_lora_alpha: int | None = option(None, help="Scale of the vision tower's adapters; by default lora_alpha.")
+    projector_lora_r: int | None = option(None, help="Rank of the projector's adapters; by default lora_r.")
+    projector_lora_alpha: int | None = option(None, help="Scale of the projector's adapters; by default lora_alpha.")
+    lora_dropout: float = option(0.05, help="Share of an adapter's inputs set to zero in training.")
     lora_target_modules: list[str] | None = option(
         None,
-        help="Names of the linear layers that get adapters, such as q_proj v_proj, inside lora_scopes; by default all "
-        "attention and MLP layers of the family.",
+        help="Names of the linear layers that get adapters, such as q_proj v_proj, inside lora_scopes. By default, and "
+        "by all-linear, all attention and MLP layers of those parts: the language model's, if lora_scopes is not set.",
+    )
+    lora_init: Literal["default", "gaussian", "pissa", "loftq"] = option(
+        "default",
+        help="First weights of the adapters. default and gaussian change nothing at first; pissa begins with the "
+        "weights' largest singular values and is saved as plain LoRA of twice the rank; loftq makes up for what 4-bit "
+        "quantisation lost, and its adapters work on the 4-bit model only.",
     )
     use_rslora: bool = option(False, help="Scale by lora_alpha / sqrt(lora_r) (rsLoRA), which keeps high ranks stable.")
     use_dora: bool = option(
@@ -100,19 +115,49 @@ class LoRAArguments(Checked):
     modules_to_save: list[str] | None = option(
         None, help="Modules trained in full and saved with the adapter, such as lm_head."
     )
-    train_parts: list[str] = option(
-        ["language", "projector"],
-        help="Without LoRA: parts whose weights are trained, some of language, projector, vision.",
-    )
 
     limits: ClassVar[Limits] = {
         "lora_r": AT_LEAST_ONE,
         "lora_alpha": POSITIVE,
+        "vision_lora_r": AT_LEAST_ONE,
+        "vision_lora_alpha": POSITIVE,
+        "projector_lora_r": AT_LEAST_ONE,
+        "projector_lora_alpha": POSITIVE,
         "lora_dropout": FRACTION_BELOW_ONE,
         "lora_scopes": Limit(choices=SCOPES, never_empty=True),
         "lora_target_modules": Limit(never_empty=True),
-        "train_parts": Limit(choices=SCOPES, never_empty=True),
+        "train_parts": Limit(choices=SCOPES),
     }
+
+    @property
+    def trained_parts(self) -> set[str]:
+        """Parts that change in training, by adapters or themselves."""
+        return {*self.train_parts, *(self.lora_scopes if self.use_lora else ())}
+
+    def __post_init__(self) -> None:
+        """Choose the parts to train where neither adapters nor parts are asked for, then check."""
+        if not self.use_lora and not self.train_parts:
+            self.train_parts = ["language", "projector"]
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, one sentence each."""
+        found = super().problems()
+        if not self.use_lora:
+            return found
+        both = [part for part in SCOPES if part in self.lora_scopes and part in self.train_parts]
+        if both:
+            found.append(
+                f"{' and '.join(both)} stand both in lora_scopes and in train_parts; a part is adapted, or trained in "
+                "full, or frozen. To train without adapters, set use_lora: false."
+            )
+        for part in ("vision", "projector"):
+            found += [
+                f"{name} is set, but lora_scopes has no {part}; add it there, or leave {name} out."
+                for name in (f"{part}_lora_r", f"{part}_lora_alpha")
+                if getattr(self, name) is not None and part not in self.lora_scopes
+            ]
+        return found
 
 
 @dataclass
@@ -124,9 +169,24 @@ class ModelWithLoRAArguments(LoRAArguments, QuantizationArguments, BaseModelArgu
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each."""
         found = super().problems()
-        if (self.use_4bit or self.use_8bit) and not self.use_lora:
+        quantised = self.use_4bit or self.use_8bit
+        if quantised and not self.use_lora:
             found.append(
                 "use_4bit and use_8bit freeze the weights, so use_lora: false leaves nothing to train; "
                 "turn use_lora on, or quantisation off."
+            )
+        elif quantised and "language" in self.train_parts:
+            found.append(
+                "use_4bit and use_8bit freeze the language model's weights, so train_parts cannot have language."
+            )
+        if self.use_lora and self.lora_init == "pissa" and quantised:
+            found.append(
+                "lora_init is pissa, which takes the adapters' first weights out of the frozen ones, and quantised "
+                "weights cannot give them; take loftq with use_4bit, or turn quantisation off."
+            )
+        if self.use_lora and self.lora_init == "loftq" and not (self.use_4bit and self.bnb_4bit_quant_type == "nf4"):
+            found.append(
+                "lora_init is loftq, which makes up for what quantisation to 4 bits (nf4) lost; set use_4bit: true, or "
+                "another lora_init."
             )
         return found

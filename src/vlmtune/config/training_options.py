@@ -50,6 +50,12 @@ class TrainingOptions:
         2e-4,
         help="Highest learning rate. The default suits LoRA; a recipe without LoRA that does not set it gets 2e-5.",
     )
+    vision_learning_rate: float | None = option(
+        None, help="Highest learning rate of the vision tower, where it is trained; by default learning_rate."
+    )
+    projector_learning_rate: float | None = option(
+        None, help="Highest learning rate of the projector, where it is trained; by default learning_rate."
+    )
     lr_scheduler_type: str = option("cosine", help="How the learning rate falls: cosine, linear, constant and others.")
     warmup_steps: float = option(
         0.03, help="Steps in which the learning rate rises from 0; a number below 1 is a share of all steps."
@@ -123,6 +129,8 @@ class TrainingOptions:
         "gradient_accumulation_steps": AT_LEAST_ONE,
         "device_memory_gb": POSITIVE,
         "learning_rate": POSITIVE,
+        "vision_learning_rate": POSITIVE,
+        "projector_learning_rate": POSITIVE,
         "warmup_steps": AT_LEAST_ZERO,
         "weight_decay": AT_LEAST_ZERO,
         "max_grad_norm": AT_LEAST_ZERO,

@@ -7,15 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlmtune.errors import AdapterError, ResumeError
+from vlmtune.models.adapter_files import (
+    ORIGIN_FILE,
+    Layout,
+    fitted_config,
+    in_layout,
+    misfit,
+    read_settings,
+    read_weights,
+)
+from vlmtune.models.lora import ties_saved_modules
+from vlmtune.models.lora_init import resume_from_plain, save_as_plain, start_of
 from vlmtune.models.provenance import base_fingerprint, base_model, quantization_record, versions
-
-ORIGIN_FILE = "vlmtune_origin.json"
 
 
 def save_model_and_processor(
@@ -40,6 +48,7 @@ def save_model_and_processor(
     if isinstance(model, PeftModel):
         # By default PEFT asks the Hub whether the embedding has grown; adapters here never adapt it.
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        save_as_plain(model, folder)
     else:
         model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
     processor.save_pretrained(folder)
@@ -48,6 +57,7 @@ def save_model_and_processor(
         "base_model": str(base.name_or_path),
         "base_fingerprint": fingerprint or base_fingerprint(model),
         "quantization": quantization_record(base),
+        "lora_init": start_of(model),
         "versions": versions(),
     }
     (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
@@ -64,7 +74,7 @@ def adapter_base(folder: str | Path) -> str:
     Raises:
         AdapterError: the adapter does not say, or the folder it names is gone.
     """
-    name = read_adapter_settings(folder).get("base_model_name_or_path")
+    name = read_settings(folder).get("base_model_name_or_path")
     if not name:
         raise AdapterError(f"{folder} does not say which model it was trained on. Name the model, and it as adapter.")
     if str(name).startswith("/") and not Path(name).exists():
@@ -85,7 +95,7 @@ def saved_quantization(folder: str | Path) -> dict[str, Any] | None:
 
 
 def attach_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on its base model.
+    """Put a saved adapter on its base model, whichever tool and version of transformers it is from.
 
     Args:
         model: the base model.
@@ -95,15 +105,17 @@ def attach_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fa
     Raises:
         AdapterError: the adapter belongs to another model, or lacks or has tensors that do not fit.
     """
-    read_adapter_settings(folder)
+    read_settings(folder)
     _require_same_base(model, folder)
-    config = LoraConfig.from_pretrained(str(folder))
+    weights, layout = read_weights(folder), Layout(model)
+    config = fitted_config(folder, weights, layout)
     config.inference_mode = not trainable
+    config.ensure_weight_tying = ties_saved_modules(model, config.modules_to_save or ())
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise AdapterError(f"The adapter {folder} does not fit the model {_name(model)}: {error}") from error
-    load_adapter(adapted, folder)
+    _load(adapted, folder, in_layout(weights, layout))
     return adapted
 
 
@@ -113,21 +125,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises:
         AdapterError: a tensor is missing, left over, or of another shape.
     """
+    _load(model, folder, in_layout(read_weights(folder), Layout(model)))
+
+
+def _load(model: nn.Module, folder: str | Path, weights: dict[str, Tensor]) -> None:
     try:
-        weights = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(model, weights)
-    except (RuntimeError, KeyError, ValueError, OSError, SafetensorError) as error:
+        result = set_peft_model_state_dict(model, resume_from_plain(model, weights))
+    except (RuntimeError, KeyError, ValueError) as error:
         raise AdapterError(
             f"The adapter {folder} does not fit the model {_name(model)}: {' '.join(str(error).split())[:300]}"
         ) from error
     missing = sorted(_saved_names(model) & set(result.missing_keys))
     unexpected = sorted(result.unexpected_keys)
     if missing or unexpected:
-        raise AdapterError(
-            f"The adapter {folder} does not fit the model {_name(model)}: {len(missing)} tensors are missing and "
-            f"{len(unexpected)} are left over, such as {(missing + unexpected)[0]}. It was saved with "
-            f"{_saved_versions(folder)}; use the model and the library versions it was trained with."
-        )
+        raise misfit(folder, model, missing, unexpected)
 
 
 def load_full_weights(model: nn.Module, folder: str | Path) -> None:
@@ -155,19 +166,6 @@ def load_full_weights(model: nn.Module, folder: str | Path) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
 
 
-def read_adapter_settings(folder: str | Path) -> dict[str, Any]:
-    """Return an adapter's configuration.
-
-    Raises:
-        AdapterError: it cannot be read.
-    """
-    file = Path(folder) / "adapter_config.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file} cannot be read ({error}). Copy the adapter's folder again.") from error
-
-
 def _require_same_base(model: nn.Module, folder: str | Path) -> None:
     file = Path(folder) / ORIGIN_FILE
     if not file.exists():
@@ -177,6 +175,11 @@ def _require_same_base(model: nn.Module, folder: str | Path) -> None:
         raise AdapterError(
             f"The adapter {folder} was trained on {origin['base_model']}, whose weights are others than those of "
             f"{_name(model)}. Load it on the model it was trained on."
+        )
+    if origin.get("lora_init") == "loftq" and quantization_record(base_model(model)) is None:
+        raise AdapterError(
+            f"The adapter {folder} began with lora_init loftq: it makes up for what 4 bits lost of the weights, and would "
+            f"add that to whole ones. Load {_name(model)} in 4 bits (use_4bit: true)."
         )
 
 
@@ -189,14 +192,6 @@ def _saved_names(model: nn.Module) -> set[str]:
         for name, _ in model.named_parameters()
         if ".lora_" in name or ".modules_to_save." in name or (name.endswith(bias) and ".original_module." not in name)
     }
-
-
-def _saved_versions(folder: str | Path) -> str:
-    file = Path(folder) / ORIGIN_FILE
-    if not file.exists():
-        return "unknown versions"
-    saved = json.loads(file.read_text(encoding="utf-8"))["versions"]
-    return ", ".join(f"{name} {saved[name]}" for name in ("transformers", "peft") if name in saved)
 
 
 def _name(model: nn.Module) -> str:

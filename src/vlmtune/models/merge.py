@@ -27,7 +27,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from vlmtune.errors import AdapterError, ModelError
-from vlmtune.models.checkpoint import load_adapter, read_adapter_settings
+from vlmtune.models.adapter_files import read_settings
+from vlmtune.models.checkpoint import load_adapter
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
 from vlmtune.models.loading import load_config
@@ -107,7 +108,7 @@ def require_mergeable(base: str | Path, adapter: str | Path) -> None:
 def _prepare(
     base: str | Path, adapter: str | Path, dequantise: BitsAndBytesConfig | None
 ) -> tuple[Path, list[Path], _Plan]:
-    folder = checkpoint_folder(base, revision=read_adapter_settings(adapter).get("revision"))
+    folder = checkpoint_folder(base, revision=read_settings(adapter).get("revision"))
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
@@ -161,7 +162,7 @@ class _Plan:
         self.dequantise = dequantise
         self.language = family.parts["language"] + "."
         self.unquantised = tuple(unquantised_modules(family, config))
-        kind = read_adapter_settings(adapter).get("peft_type")
+        kind = read_settings(adapter).get("peft_type")
         if kind != "LORA":
             raise AdapterError(f"The adapter {adapter} is of the kind {kind}; only LoRA adapters are merged here.")
         settings = LoraConfig.from_pretrained(str(adapter))

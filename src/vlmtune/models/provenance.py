@@ -55,7 +55,9 @@ def base_fingerprint(model: nn.Module) -> str:
     Args:
         model: a loaded model, adapted by PEFT or not.
     """
-    weight = base_model(model).get_input_embeddings().weight.detach()
+    embedding = base_model(model).get_input_embeddings()
+    # Where it is trained beside an adapter, PEFT keeps the base's own within.
+    weight = getattr(embedding, "original_module", embedding).weight.detach()
     rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0])).long().to(weight.device)
     values = weight[rows].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(repr(tuple(weight.shape)).encode() + values).hexdigest()[:16]

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vlmtune.errors import AdapterError
-from vlmtune.models.checkpoint import read_adapter_settings
+from vlmtune.models.adapter_files import read_settings
 from vlmtune.models.family import Family
 
 # vLLM puts LoRA on the tower and projector only by an experimental option; llama.cpp's converter takes adapters of
@@ -21,11 +21,12 @@ def training_limits(settings: Mapping[str, Any]) -> list[str]:
     """Return what an adapter trained with these options holds that :data:`SERVERS` do not apply.
 
     Args:
-        settings: ``lora_scopes``, ``use_dora``, ``lora_bias`` and ``modules_to_save``, as in a recipe.
+        settings: ``lora_scopes``, ``train_parts``, ``use_dora``, ``lora_bias`` and ``modules_to_save``, as in a recipe.
     """
+    in_full = [*(settings.get("train_parts") or ()), *(settings.get("modules_to_save") or ())]
     outside = [scope for scope in settings.get("lora_scopes") or () if scope != "language"]
     found = [f"LoRA on the {' and the '.join(outside)}"] if outside else []
-    return found + _kinds(settings.get("use_dora"), settings.get("lora_bias"), settings.get("modules_to_save"))
+    return found + _kinds(settings.get("use_dora"), settings.get("lora_bias"), in_full)
 
 
 def adapter_limits(folder: str | Path, family: Family) -> list[str]:
@@ -34,7 +35,7 @@ def adapter_limits(folder: str | Path, family: Family) -> list[str]:
     Raises:
         AdapterError: the adapter cannot be read.
     """
-    settings = read_adapter_settings(folder)
+    settings = read_settings(folder)
     place = family.parts["language"] + "."
     try:
         with safe_open(str(Path(folder) / "adapter_model.safetensors"), framework="pt") as opened:
@@ -51,7 +52,7 @@ def adapter_limits(folder: str | Path, family: Family) -> list[str]:
 
 def adapter_rank(folder: str | Path) -> int:
     """Return the largest rank of an adapter."""
-    settings = read_adapter_settings(folder)
+    settings = read_settings(folder)
     return max(int(rank) for rank in (settings["r"], *(settings.get("rank_pattern") or {}).values()))
 
 

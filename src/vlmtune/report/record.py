@@ -95,7 +95,8 @@ def _method(options: Mapping[str, Any]) -> str:
     if not options.get("use_lora", True):
         return f"full fine-tuning of {_text(options.get('train_parts'))}"
     bits = next((f" on {b} bits" for b, key in ((4, "use_4bit"), (8, "use_8bit")) if options.get(key)), "")
-    return f"LoRA, rank {options.get('lora_r')}, on {_text(options.get('lora_scopes'))}{bits}"
+    full = f", and {_text(options['train_parts'])} in full" if options.get("train_parts") else ""
+    return f"LoRA, rank {options.get('lora_r')}, on {_text(options.get('lora_scopes'))}{bits}{full}"
 
 
 def _text(value: Any) -> str:

@@ -232,7 +232,7 @@ def cache_ahead(
     """
     if data_args.cache_image_features == "off":
         raise ConfigError("cache_image_features is off in this recipe; set it to auto or on to compute features ahead.")
-    trained = set(model_args.lora_scopes if model_args.use_lora else model_args.train_parts) & {"vision", "projector"}
+    trained = model_args.trained_parts & {"vision", "projector"}
     if trained:
         raise ConfigError(
             f"The recipe trains the {' and the '.join(sorted(trained))}, so image features change from step to "
