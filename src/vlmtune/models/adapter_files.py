@@ -1,10 +1,10 @@
 """Adapters of any tool and any transformers version, read in the names of the loaded model, or refused by name.
 
-PEFT, TRL, LLaMA-Factory, ms-swift, Unsloth and Axolotl all write PEFT's files, and differ in how ``adapter_config.json``
-says which layers are adapted: ends of names, whole names, or a regular expression. Module names moved between versions
-of transformers (LLaVA's ``language_model.model.layers`` is ``model.language_model.layers`` since 4.52), and a
-configuration in the old names then matches no layer, fewer layers, or leaves out a rank or scale without a word. So the
-tensors decide which layers are adapted, and the configuration is read in the names that it was written in.
+PEFT, TRL, LLaMA-Factory, ms-swift, Unsloth and Axolotl all write PEFT's files, and differ in how their
+``adapter_config.json`` says which layers are adapted: ends of names, whole names, or a regular expression. Module names
+moved between versions of transformers (LLaVA's ``language_model.model.layers`` is ``model.language_model.layers`` since
+4.52), and a configuration in the old names then matches no layer, fewer layers, or leaves out a rank or scale without a
+word. So the tensors decide which layers are adapted, and the configuration is read in the names it was written in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -61,9 +62,10 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         what = f"only {', '.join(pickled)}, which may run code when it is opened" if pickled else "none"
         raise AdapterError(f"The adapter {folder} has no {WEIGHTS_FILE} ({what}). Save it again in safetensors.")
     try:
-        return load_file(file)
+        weights: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{file} cannot be read ({error}). Copy the adapter's folder again.") from error
+    return weights
 
 
 class Layout:
@@ -130,15 +132,15 @@ def fitted_config(folder: str | Path, weights: Mapping[str, Tensor], layout: Lay
     config = LoraConfig.from_pretrained(str(folder))
     if config.init_lora_weights not in PLAIN_STARTS:
         raise AdapterError(
-            f"The adapter {folder} began with init_lora_weights={config.init_lora_weights!r}, which changed the weights "
-            "of its base. Save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA for the "
+            f"The adapter {folder} began with init_lora_weights={config.init_lora_weights!r}, which changed the "
+            "weights of its base. Save it by PEFT's path_initial_model_for_weight_conversion, as a plain LoRA for the "
             "published base."
         )
     # All its first weights are replaced.
     config.init_lora_weights = False
     old_names = {layout.module(old): old for old in _adapted(weights)}
     _require_described(folder, config, weights, old_names, layout)
-    config.target_modules = sorted(old_names)  # type: ignore[assignment]
+    config.target_modules = sorted(old_names)
     config.exclude_modules, config.layers_to_transform, config.layers_pattern = None, None, None
     for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
         exact = _exact(folder, name, getattr(config, name) or {}, old_names)
@@ -159,11 +161,13 @@ def _require_described(
     if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
     kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-    named = {
-        name
-        for name, module in layout.model.named_modules()
-        if isinstance(module, kinds) and check_target_module_exists(config, name)
-    }
+    places = {_beginnings(new, old) for new, old in old_names.items()}
+    named = set()
+    for name, module in layout.model.named_modules():
+        # A regular expression means the names of its time: `model.*` was Qwen's language model alone.
+        then = {old + name.removeprefix(new) for new, old in places if name.startswith(new)}
+        if isinstance(module, kinds) and any(check_target_module_exists(config, one) for one in then):
+            named.add(name)
     absent = [f"{name}.lora_{side}.weight" for name in sorted(named - set(old_names)) for side in "AB"]
     strange = {
         old
@@ -175,12 +179,22 @@ def _require_described(
         raise misfit(folder, layout.model, absent, left_over)
 
 
+def _beginnings(new: str, old: str) -> tuple[str, str]:
+    """The beginnings in which two names of one layer differ; empty where they are the same."""
+    ours, theirs = new.split("."), old.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return "".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)
+
+
 def misfit(folder: str | Path, model: nn.Module, missing: Sequence[str], left_over: Sequence[str]) -> AdapterError:
     """Return the error that says how an adapter's tensors and a model differ."""
     base = base_model(model)
+    name = getattr(base, "name_or_path", "") or type(base).__name__
     return AdapterError(
-        f"The adapter {folder} does not fit the model {base.name_or_path or type(base).__name__}: {len(missing)} tensors "
-        f"are missing and {len(left_over)} are left over, such as {[*missing, *left_over][0]}. It was saved with "
+        f"The adapter {folder} does not fit the model {name}: {len(missing)} tensors are missing and "
+        f"{len(left_over)} are left over, such as {[*missing, *left_over][0]}. It was saved with "
         f"{_saved_versions(folder)}; use the model and the library versions it was trained with."
     )
 
@@ -194,11 +208,9 @@ def _saved_versions(folder: str | Path) -> str:
     return f"peft {version}" if version else "unknown versions"
 
 
-def _exact(
-    folder: str | Path, option: str, pattern: Mapping[str, Any], old_names: Mapping[str, str]
-) -> dict[str, Any]:
+def _exact(folder: str | Path, option: str, pattern: Mapping[str, Any], old_names: Mapping[str, str]) -> dict[str, Any]:
     """Layer -> value, for the layers that a pattern speaks of, in the names that it was written in."""
-    values = {new: get_pattern_key(pattern, old) for new, old in old_names.items()}  # type: ignore[arg-type]
+    values = {new: get_pattern_key(pattern, old) for new, old in old_names.items()}
     if unused := [key for key in pattern if key not in values.values()]:
         raise AdapterError(
             f"The adapter {folder} has {option} for {unused[0]}, which is none of its layers; without it the adapter "
@@ -223,7 +235,12 @@ def _saved_modules(
         old = next((place for place in places if any(place.endswith(one) for one in asked)), None)
         here = layout.parameter(path)
         if old is None:
-            _require_same_as_base(folder, name, tensor, layout.shapes.get(here))
+            # PEFT saves a head that is tied to a trained embedding beside it, and does not name it.
+            tied = config.ensure_weight_tying and any(
+                other.endswith("embed_tokens.weight") and torch.equal(weights[other], tensor) for other in weights
+            )
+            if not tied:
+                _require_same_as_base(folder, name, tensor, layout.shapes.get(here))
             continue
         rest = path.removeprefix(old)
         if here in layout.shapes and here.endswith(rest):
@@ -232,12 +249,12 @@ def _saved_modules(
 
 
 def _require_same_as_base(folder: str | Path, name: str, tensor: Tensor, base: Tensor | None) -> None:
-    """PEFT and TRL save the embedding and head with an adapter once tokens were added; of old tokens alone it is none."""
+    """Once tokens were added, PEFT and TRL save embedding and head with an adapter; equal ones are nothing new."""
     if base is None or (tensor.shape == base.shape and bool((base.detach().cpu().to(tensor.dtype) == tensor).all())):
         return
     what = f"{list(tensor.shape)}, and the model's is {list(base.shape)}" if tensor.shape != base.shape else "others"
     raise AdapterError(
-        f"The adapter {folder} holds {name.removeprefix(PREFIX)}, which it does not name in modules_to_save, with values "
-        f"other than the base model's ({what}): it was trained on a changed base, such as one with added tokens. Name "
-        "that model as its base."
+        f"The adapter {folder} holds {name.removeprefix(PREFIX)}, which it does not name in modules_to_save, with "
+        f"values other than the base model's ({what}): it was trained on a changed base, such as one with added "
+        "tokens. Name that model as its base."
     )

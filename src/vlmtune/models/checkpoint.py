@@ -21,7 +21,6 @@ from vlmtune.models.adapter_files import (
     read_settings,
     read_weights,
 )
-from vlmtune.models.lora import ties_saved_modules
 from vlmtune.models.lora_init import resume_from_plain, save_as_plain, start_of
 from vlmtune.models.provenance import base_fingerprint, base_model, quantization_record, versions
 
@@ -110,7 +109,6 @@ def attach_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fa
     weights, layout = read_weights(folder), Layout(model)
     config = fitted_config(folder, weights, layout)
     config.inference_mode = not trainable
-    config.ensure_weight_tying = ties_saved_modules(model, config.modules_to_save or ())
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -178,8 +176,8 @@ def _require_same_base(model: nn.Module, folder: str | Path) -> None:
         )
     if origin.get("lora_init") == "loftq" and quantization_record(base_model(model)) is None:
         raise AdapterError(
-            f"The adapter {folder} began with lora_init loftq: it makes up for what 4 bits lost of the weights, and would "
-            f"add that to whole ones. Load {_name(model)} in 4 bits (use_4bit: true)."
+            f"The adapter {folder} began with lora_init loftq: it makes up for what 4 bits lost of the weights, and "
+            f"would add that to whole ones. Load {_name(model)} in 4 bits (use_4bit: true)."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,12 @@ def setup_lora(
     expected = {name for layers in found.values() for name in layers}
     ranks = {"vision": vision_lora_r, "projector": projector_lora_r}
     alphas = {"vision": vision_lora_alpha, "projector": projector_lora_alpha}
+    # PEFT warns of its own way to make PiSSA plain, which is not taken.
+    warnings.filterwarnings("ignore", message="Using Rank-Stabilized LoRA with rank_pattern")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=lora_alpha,
         rank_pattern={place_pattern(family, part): rank for part, rank in ranks.items() if part in found and rank},
         alpha_pattern={place_pattern(family, part): scale for part, scale in alphas.items() if part in found and scale},
         lora_dropout=lora_dropout,
@@ -208,7 +211,8 @@ def place_pattern(family: Family, part: str) -> str:
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    names: Iterable[str] = (name for name, module in model.named_modules() if module is wanted)
+    return next(iter(names))
 
 
 def _modules_named(model: nn.Module, name: str) -> list[str]:

@@ -121,7 +121,9 @@ def resume_from_plain(adapted: nn.Module, tensors: dict[str, Tensor]) -> dict[st
     for name, first in start.items():
         axis = 0 if ".lora_A." in name else 1
         if name not in tensors or tensors[name].shape[axis] != 2 * first.shape[axis]:
-            raise AdapterError(f"The checkpoint was not written by a run with lora_init pissa and this rank: see {name}.")
+            raise AdapterError(
+                f"The checkpoint was not written by a run with lora_init pissa and this rank: see {name}."
+            )
         trained[name], other = tensors[name].chunk(2, dim=axis)
         saved_start[name] = other if axis == 0 else -other
     for name, module in adapted.named_modules():

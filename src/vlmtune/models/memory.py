@@ -290,7 +290,8 @@ def state_bytes(optim: str, trained: int, gradients: int) -> int:
 def adapter_from(model_args: Any) -> Callable[[nn.Module], nn.Module]:
     """Return what makes a model's weights trainable as ``ModelWithLoRAArguments`` say."""
     if model_args.use_lora:
-        return lambda model: setup_lora(model, **vars(model_args))
+        # First weights have no values here, and take no memory that others do not.
+        return lambda model: setup_lora(model, **(vars(model_args) | {"lora_init": "default"}))
     return lambda model: prepare_full_finetuning(model, parts=model_args.train_parts)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from vlmtune.errors import UnsupportedModelError
 from vlmtune.models.families import get_family
+from vlmtune.models.family import Family
+
+_WRAPPERS = re.compile(r"^(base_model\.model\.)|\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -17,23 +22,53 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     weights count by the number of values they stand for.
     """
     try:
-        places = dict(get_family(model).parts)
+        family = get_family(model)
     except UnsupportedModelError:
-        places = {}
-    # The longest place first: a part may lie inside another.
-    order = sorted(places.items(), key=lambda item: -len(item[1]))
+        family = None
     counts: dict[str, dict[str, int]] = {}
     everything = {"total": 0, "trainable": 0, "adapter": 0, "bytes": 0}
     for name, parameter in model.named_parameters():
-        path = name.removeprefix("base_model.model.")
-        part = next((part for part, place in order if path.startswith(place + ".")), "other")
+        part = part_of(family, name) if family else "other"
         numbers = _numel(parameter)
         for entry in (counts.setdefault(part, dict.fromkeys(everything, 0)), everything):
             entry["total"] += numbers
             entry["trainable"] += numbers if parameter.requires_grad else 0
-            entry["adapter"] += numbers if ".lora_" in path else 0
+            entry["adapter"] += numbers if ".lora_" in name else 0
             entry["bytes"] += parameter.numel() * parameter.element_size()
     return counts | {"all": everything}
+
+
+def part_of(family: Family, name: str) -> str:
+    """Return the part that a parameter lies in, ``other`` for none.
+
+    Args:
+        family: of the model.
+        name: the parameter's, in a model that PEFT, DDP, FSDP or ``torch.compile`` may have put inside theirs.
+    """
+    path = _WRAPPERS.sub("", name)
+    if path in family.projector_parameters:
+        return "projector"
+    # The longest place first: a part may lie inside another.
+    places = sorted(family.parts.items(), key=lambda item: -len(item[1]))
+    return next((part for part, place in places if path.startswith(place + ".")), "other")
+
+
+def describe_training(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return part -> how it is trained: ``how`` is ``LoRA``, ``in full`` or ``frozen``.
+
+    Adapted parts also have the number of adapted ``layers``, their ``rank`` and ``alpha``.
+    """
+    family = get_family(model)
+    parts: dict[str, dict[str, Any]] = {part: {"how": "frozen"} for part in ("language", "projector", "vision")}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name and (part := part_of(family, name)) in parts:
+            parts[part] = {"how": "in full"}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            entry = parts[part_of(family, name)]
+            entry |= {"how": "LoRA", "layers": entry.get("layers", 0) + 1}
+            entry |= {"rank": module.r["default"], "alpha": module.lora_alpha["default"]}
+    return parts
 
 
 def format_parameter_table(counts: dict[str, dict[str, int]]) -> str:

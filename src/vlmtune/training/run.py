@@ -40,6 +40,7 @@ from vlmtune.training.image_reuse import (
 )
 from vlmtune.training.output_dir import prepare_output_dir
 from vlmtune.training.probe import require_trainable
+from vlmtune.training.parameter_groups import as_text, record, require_trained
 from vlmtune.training.ranks import fill_between_ranks
 from vlmtune.training.run_info import save_training_info
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
@@ -104,6 +105,7 @@ def run_training(
     require_dtype(family, get_torch_dtype(model_args.torch_dtype))
     if training_args.fp16:
         require_dtype(family, torch.float16)
+    require_trained(model_args, training_args)
     processor = load_processor(model_args.model_name_or_path, **origin)
     train_data, eval_data = load_train_and_eval(data_args)
     share = shares_images(family, data_args.share_images, model_args.attn_implementation)
@@ -146,8 +148,8 @@ def run_training(
             SERVERS,
             " and ".join(unserved),
         )
-    parameters = count_parameters(model)
-    logger.info("trainable parameters:\n%s", format_parameter_table(parameters))
+    parameters, parts = count_parameters(model), record(model, training_args)
+    logger.info("trainable parameters:\n%s\n%s", format_parameter_table(parameters), as_text(parts))
     trainer = create_trainer(
         model=model,
         args=training_args,
@@ -175,7 +177,12 @@ def run_training(
             output_dir,
             arguments={"model": model_args, "data": data_args, "training": training_args},
             data=_data_record(train_data, train_scan, eval_data, eval_scan),
-            model={"name": model_args.model_name_or_path, "family": family.name, "parameters": parameters},
+            model={
+                "name": model_args.model_name_or_path,
+                "family": family.name,
+                "parameters": parameters,
+                "parts": parts,
+            },
             status="training",
         )
     return _train_and_save(trainer, output_dir, checkpoint, left_out)

@@ -29,6 +29,7 @@ from vlmtune.training.callbacks import LoggingCallback
 from vlmtune.training.loaders import batch_loader
 from vlmtune.training.loss import count_targets, install_supervised_loss, targets_from_labels
 from vlmtune.training.output_dir import latest_checkpoint, require_whole
+from vlmtune.training.parameter_groups import split_by_part
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
 from vlmtune.training.throughput import Work
 
@@ -100,6 +101,12 @@ class MemoryEfficientTrainer(Trainer):
 
     def _loader(self, rows: Any, sampler: ImageGroupSampler) -> DataLoader[Any]:
         return batch_loader(rows, sampler, self.data_collator, self.args, self.accelerator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the base class's optimizer, with the learning rates of the parts."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        split_by_part(optimizer, self.model if model is None else model, self.family, self.args)
+        return optimizer
 
     # -- loss ---------------------------------------------------------------------------------------------
 
