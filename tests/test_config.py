@@ -307,3 +307,42 @@ def test_shipped_recipes_parse():
     for path in sorted(folder.glob("*.yaml")):
         known = {name for cls in CLASSES for name in field_types(cls)}
         assert set(yaml.safe_load(path.read_text())) <= known, path
+
+
+# -- what is trained --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "in_full", "trained"),
+    [
+        ("", [], {"language"}),
+        ("use_lora: false\n", ["language", "projector"], {"language", "projector"}),
+        ("use_lora: false\ntrain_parts: [vision]\n", ["vision"], {"vision"}),
+        ("train_parts: [projector]\n", ["projector"], {"language", "projector"}),
+        ("lora_scopes: [vision]\ntrain_parts: [language]\n", ["language"], {"language", "vision"}),
+    ],
+)
+def test_parts_that_are_trained(text, in_full, trained, recipe):
+    model = parse_recipe((), recipe(text)).model
+    assert model.train_parts == in_full
+    assert model.trained_parts == trained
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train_parts: [language]\n", "language stand both in lora_scopes and in train_parts; .*use_lora: false"),
+        ("vision_lora_r: 4\n", "vision_lora_r is set, but lora_scopes has no vision"),
+        ("projector_lora_alpha: 4\n", "projector_lora_alpha is set, but lora_scopes has no projector"),
+        ("lora_scopes: [vision]\nvision_lora_r: 0\n", "vision_lora_r is 0; it must be at least 1"),
+        ("use_4bit: true\nlora_scopes: [vision]\ntrain_parts: [language]\n", "train_parts cannot have language"),
+        ("use_8bit: true\nlora_init: pissa\n", "lora_init is pissa, .* take loftq with use_4bit"),
+        ("lora_init: loftq\n", "lora_init is loftq, .* set use_4bit: true"),
+        ("lora_init: loftq\nuse_4bit: true\nbnb_4bit_quant_type: fp4\n", r"lora_init is loftq, .* \(nf4\)"),
+        ("lora_init: pisa\n", "lora_init is 'pisa'.*pissa"),
+        ("vision_learning_rate: 0\n", "vision_learning_rate is 0"),
+    ],
+)
+def test_choices_that_cannot_be(text, message, recipe):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe((), recipe(text))

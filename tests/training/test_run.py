@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from vlmtune.batching.collator import SharedImageCollator, create_data_collator
@@ -225,6 +226,44 @@ def test_a_run_that_cannot_begin_leaves_nothing(options, error, run_arguments, t
 
 
 # -- going on ---------------------------------------------------------------------------------------------
+
+
+def test_parts_with_ranks_and_rates_of_their_own(run_arguments, tmp_path: Path, caplog) -> None:
+    """From options to steps, record, log and adapter; stopped and resumed, PiSSA's start included."""
+    options = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "lora_scopes": ["language", "vision"],
+        "train_parts": ["projector"],
+        "lora_r": 4,
+        "vision_lora_r": 2,
+        "lora_init": "pissa",
+        "learning_rate": 1e-3,
+        "vision_learning_rate": 1e-30,
+        "projector_learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+    }
+    with caplog.at_level("INFO", logger="vlmtune"):
+        run_training(*run_arguments(tmp_path / "whole", **options))
+    assert "\nvision: LoRA, layers 12, rank 2, alpha 32, learning rate 1e-30" in caplog.text
+    parts = record(tmp_path / "whole")["model"]["parts"]
+    assert parts["projector"] == {"how": "in full", "learning_rate": 5e-3}
+    assert (parts["language"]["rank"], parts["language"]["learning_rate"]) == (4, 1e-3)
+    saved = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    # What was learned is what the saved pair of adapters differ by: in the tower, nothing.
+    for name in (name for name in saved if ".lora_A." in name):
+        trained, start = saved[name].chunk(2)
+        assert torch.equal(trained, start) == ("vision_tower" in name), name
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    run_training(*run_arguments(tmp_path / "parts", **options, resume_from_checkpoint="true"))
+    again = load_file(tmp_path / "parts" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_rate_for_a_frozen_part_is_found_before_weights_load(run_arguments, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vision_learning_rate is set, but the vision is frozen"):
+        run_training(*run_arguments(tmp_path, vision_learning_rate=1e-5))
 
 
 def test_resumed_run_equals_uninterrupted(finished_run, run_arguments, eval_folder, tmp_path: Path) -> None:

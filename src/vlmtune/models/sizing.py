@@ -12,7 +12,7 @@ from vlmtune.errors import UnsupportedModelError
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
 
-_WRAPPERS = re.compile(r"^(base_model\.model\.)|\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -45,7 +45,7 @@ def part_of(family: Family, name: str) -> str:
         family: of the model.
         name: the parameter's, in a model that PEFT, DDP, FSDP or ``torch.compile`` may have put inside theirs.
     """
-    path = _WRAPPERS.sub("", name)
+    path = _WRAPPERS.sub("", name).removeprefix("base_model.model.")
     if path in family.projector_parameters:
         return "projector"
     # The longest place first: a part may lie inside another.
