@@ -35,9 +35,9 @@ def vlmtune(*arguments: object) -> int:
             del os.environ[name]
 
 
-def _adapter(base: Path, processor, folder: Path, *, size: float = 0.1, quantization=None) -> Path:
+def _adapter(base: Path, processor, folder: Path, *, size: float = 0.1, quantization=None, **options) -> Path:
     model = load_model_for_training(base, torch_dtype="float32", quantization_config=quantization)
-    model = setup_lora(model, lora_r=4)
+    model = setup_lora(model, lora_r=4, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -213,3 +213,18 @@ def test_qlora_shows_the_drift_of_both(way, tiny_gemma3_dir, processor, tmp_path
     merged, _ = load_model_for_inference(tmp_path / "merged", torch_dtype="float32")
     # A linear layer whose adapter is zero would be the base's own on the original weights; the head is on both.
     assert torch.equal(plain.lm_head.weight, merged.lm_head.weight)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_what_began_with_loftq_goes_onto_the_weights_it_made_up_for(
+    tiny_gemma3_dir, processor, tmp_path, capsys
+) -> None:
+    config = get_quantization_config(True, bnb_4bit_compute_dtype="float32")
+    adapter = _adapter(tiny_gemma3_dir, processor, tmp_path / "adapter", quantization=config, lora_init="loftq")
+    options = ("--samples", 2, "--max_new_tokens", 4)
+    assert vlmtune("merge", adapter, tmp_path / "merged", *options) == 1
+    assert "Set merge_onto to dequantised" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert vlmtune("merge", adapter, tmp_path / "merged", *options, "--merge_onto", "dequantised") == 0
+    drifts = json.loads((tmp_path / "merged" / merging.MERGE_FILE).read_text())["drift"]
+    assert [name.partition(" ")[0] for name in drifts] == ["dequantised"]

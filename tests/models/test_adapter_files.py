@@ -17,6 +17,7 @@ from vlmtune.models.checkpoint import attach_adapter
 from vlmtune.models.families import FAMILIES
 from vlmtune.models.loading import load_model_for_training
 from vlmtune.models.lora import linear_layers
+from vlmtune.models.merge import merge_weights
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What module names were (huggingface/transformers, before 4.52 and from there to 4.57), the new name first.
@@ -175,6 +176,19 @@ class TestOtherTools:
         own = dict(model.named_parameters())
         assert all(torch.equal(parameter, own[name]) for name, parameter in loaded.named_parameters())
         assert any("modules_to_save" in name for name in own)
+
+    def test_merging_in_old_names(self, family_dir, tmp_path) -> None:
+        folder, layout = family_dir("llava"), LAYOUTS["llava", "4.50"]
+        targets = r"model\.language_model\..*\.(q_proj|v_proj)"
+        config = LoraConfig(r=2, target_modules=targets, modules_to_save=["multi_modal_projector"])
+        model = _randomise(get_peft_model(_base(folder), config))
+        model.save_pretrained(tmp_path / "adapter")
+        _rewrite(tmp_path / "adapter", layout, target_modules=r"language_model\.model\..*\.(q_proj|v_proj)")
+        (tmp_path / "merged").mkdir()
+        merge_weights(folder, tmp_path / "adapter", tmp_path / "merged")
+        merged, whole = dict(_base(tmp_path / "merged").named_parameters()), model.merge_and_unload()
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(merged[name], parameter, msg=name)
 
     def test_without_an_origin_nothing_is_known_of_the_base(self, family_dir, tmp_path) -> None:
         model = get_peft_model(_base(family_dir("llava")), LoraConfig(r=2, target_modules=["gate_proj"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -31,6 +32,10 @@ KINDS = {
     "bias of adapted layers": {"lora_bias": "lora_only", "lora_scopes": ("vision",)},
     "every bias": {"lora_bias": "all", "lora_scopes": ("language", "vision")},
     "modules in full": {"modules_to_save": ["model.language_model.norm"]},
+    "head and embedding, which are tied": {"modules_to_save": ["lm_head"]},
+    "a part in full": {"lora_scopes": ("vision",), "train_parts": ("language",)},
+    "own ranks": {"lora_scopes": EVERYWHERE, "vision_lora_r": 2, "vision_lora_alpha": 9},
+    "pissa": {"lora_init": "pissa", "size": 0.02},
 }
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -168,14 +173,17 @@ class TestRefused:
     """Named before a file is written."""
 
     def test_a_head_of_its_own_where_the_base_has_one_tensor(self, tiny_gemma3_dir, processor, tmp_path) -> None:
-        adapter = _adapter(tiny_gemma3_dir, processor, tmp_path / "adapter", modules_to_save=["lm_head"])
+        """As plain PEFT trains it; ours stay one tensor."""
+        adapter = tmp_path / "adapter"
+        config = LoraConfig(target_modules=r"model\.language_model\..*\.q_proj", modules_to_save=["lm_head"])
+        get_peft_model(_base(tiny_gemma3_dir), config).save_pretrained(adapter)
         with pytest.raises(AdapterError, match=r"changes lm_head.weight, which in the base is one tensor with .*embed"):
             require_mergeable(tiny_gemma3_dir, adapter)
 
     @pytest.mark.parametrize(
         ("setting", "value", "words"),
         [
-            ("init_lora_weights", "pissa", "alters the base weights"),
+            ("init_lora_weights", "pissa", "which changed the weights of its base"),
             ("alora_invocation_tokens", [1], "alora_invocation_tokens: it acts on some tokens only"),
             ("trainable_token_indices", [3], "trainable_token_indices: it trains single rows"),
             ("layer_replication", [[0, 2]], "layer_replication: it repeats layers"),

@@ -29,7 +29,7 @@ from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import AdapterError, ModelError, OutputError
 from vlmtune.evaluation.drawn import drawn_sample
 from vlmtune.evaluation.generation import AnswerGenerator, terminators
-from vlmtune.models.checkpoint import adapter_base, is_adapter_dir, saved_quantization
+from vlmtune.models.checkpoint import adapter_base, is_adapter_dir, saved_quantization, saved_start
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.merge import Merged, merge_weights, require_mergeable
@@ -108,10 +108,18 @@ def merge(args: MergeArguments) -> MergeResult:
     require_mergeable(base, adapter)
 
     logger.info("answering %d samples with the adapter on %s", len(samples), base)
-    plain, without = run.adapter_outputs(None)
+    # What began with loftq makes up for what quantising lost, and says nothing on whole weights.
+    quantised_only = saved_start(adapter) == "loftq"
+    if quantised_only and args.merge_onto == "original":
+        raise AdapterError(
+            f"The adapter {adapter} began with lora_init loftq, which makes up for what 4 bits lost of the weights, "
+            "so it cannot be merged onto the original ones. Set merge_onto to dequantised."
+        )
+    plain, without = (None, None) if quantised_only else run.adapter_outputs(None)
     trained, trained_without = (None, None) if quantised is None else run.adapter_outputs(quantised)
     drifts: dict[str, Drift] = {}
     ways = ["original"] if quantised is None else sorted(("original", "dequantised"), key=args.merge_onto.__eq__)
+    ways = ways[-1:] if quantised_only else ways
     with _temporary(output_dir) as scratch:
         # The chosen way comes last and is the one that stays.
         for way in ways:
@@ -123,7 +131,7 @@ def merge(args: MergeArguments) -> MergeResult:
             _write_generation_config(base, place, run.processor)
             run.processor.save_pretrained(place)
             outputs = run.merged_outputs(place)
-            if way == "original":
+            if way == "original" and plain is not None and without is not None:
                 drifts["the adapter on the original base"] = compare_outputs(outputs, plain, without)
             if trained is not None and trained_without is not None:
                 name = f"{way} weights, against the adapter on the quantised base it was trained on"

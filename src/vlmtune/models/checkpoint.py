@@ -86,11 +86,19 @@ def adapter_base(folder: str | Path) -> str:
 
 def saved_quantization(folder: str | Path) -> dict[str, Any] | None:
     """Return the options of the quantisation an adapter was trained on, or ``None`` where its record names none."""
-    file = Path(folder) / ORIGIN_FILE
-    if not file.exists():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8")).get("quantization")
+    found = _origin(folder).get("quantization")
     return None if found is None else dict(found)
+
+
+def saved_start(folder: str | Path) -> str:
+    """Return the ``lora_init`` of an adapter."""
+    return str(_origin(folder).get("lora_init", "default"))
+
+
+def _origin(folder: str | Path) -> dict[str, Any]:
+    """The record beside an adapter of vlmtune; empty for another tool's."""
+    file = Path(folder) / ORIGIN_FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def attach_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
@@ -165,11 +173,8 @@ def load_full_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def _require_same_base(model: nn.Module, folder: str | Path) -> None:
-    file = Path(folder) / ORIGIN_FILE
-    if not file.exists():
-        return
-    origin = json.loads(file.read_text(encoding="utf-8"))
-    if origin["base_fingerprint"] != base_fingerprint(model):
+    origin = _origin(folder)
+    if origin and origin["base_fingerprint"] != base_fingerprint(model):
         raise AdapterError(
             f"The adapter {folder} was trained on {origin['base_model']}, whose weights are others than those of "
             f"{_name(model)}. Load it on the model it was trained on."

@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from vlmtune.errors import AdapterError, ModelError
-from vlmtune.models.adapter_files import read_settings
+from vlmtune.models.adapter_files import Layout, fitted_config, read_settings, read_weights
 from vlmtune.models.checkpoint import load_adapter
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
@@ -37,8 +37,7 @@ from vlmtune.models.quantization import unquantised_modules
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COPY_AT_ONCE = 2**24
-# Kinds of LoRA whose first step alters the base weights, or whose effect is no sum of matrices.
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+# Kinds of LoRA whose effect is no sum of matrices.
 UNMERGEABLE = {
     "alora_invocation_tokens": "it acts on some tokens only",
     "layer_replication": "it repeats layers that the base has once",
@@ -165,8 +164,7 @@ class _Plan:
         kind = read_settings(adapter).get("peft_type")
         if kind != "LORA":
             raise AdapterError(f"The adapter {adapter} is of the kind {kind}; only LoRA adapters are merged here.")
-        settings = LoraConfig.from_pretrained(str(adapter))
-        _require_mergeable(settings, adapter)
+        _require_mergeable(LoraConfig.from_pretrained(str(adapter)), adapter)
         with torch.device("meta"):
             self.model: Any = getattr(transformers, family.model_class)(config)
         self.mapping = get_model_conversion_mapping(self.model)
@@ -174,6 +172,7 @@ class _Plan:
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         _give_placeholders(self.model)
         self.model.tie_weights()
+        settings = fitted_config(adapter, read_weights(adapter), Layout(self.model))
         settings.inference_mode = True
         with warnings.catch_warnings():
             # Tied modules are looked at in `bind`.
@@ -317,11 +316,6 @@ def _require_mergeable(settings: Any, adapter: str | Path) -> None:
     for name, reason in UNMERGEABLE.items():
         if getattr(settings, name, None):
             raise AdapterError(f"The adapter {adapter} was trained with {name}: {reason}, so it cannot be merged.")
-    if settings.init_lora_weights not in PLAIN_STARTS:
-        raise AdapterError(
-            f"The adapter {adapter} was started by init_lora_weights={settings.init_lora_weights!r}, which alters the "
-            "base weights too; convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion first."
-        )
 
 
 def _give_placeholders(model: nn.Module) -> None:

@@ -39,8 +39,8 @@ from vlmtune.training.image_reuse import (
     with_image_keys,
 )
 from vlmtune.training.output_dir import prepare_output_dir
-from vlmtune.training.probe import require_trainable
 from vlmtune.training.parameter_groups import as_text, record, require_trained
+from vlmtune.training.probe import require_trainable
 from vlmtune.training.ranks import fill_between_ranks
 from vlmtune.training.run_info import save_training_info
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
