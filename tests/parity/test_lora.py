@@ -19,10 +19,10 @@ SCOPES = ("language", "projector", "vision")
 # (adapted, in full); the rest is frozen.
 CHOICES = [
     (("language",), ("projector",)),
-    (("projector", "vision"), ("language",)),
     *(
         pytest.param(*choice, marks=pytest.mark.slow)
         for choice in [
+            (("projector", "vision"), ("language",)),
             (("vision",), ("language",)),
             (("language",), ("projector", "vision")),
             (("language", "projector", "vision"), ()),
@@ -136,7 +136,8 @@ def test_all_linear_is_the_language_models(family, folder) -> None:
     assert adapted and all(name.startswith(place) for name in adapted)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+# In 4 bits, tests/parity/test_families.py counts them too.
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_nothing_quantised_outside_the_language_model(bits, family, folder, batch) -> None:
     pytest.importorskip("bitsandbytes")
     config = get_quantization_config(use_4bit=bits == 4, use_8bit=bits == 8)
