@@ -47,8 +47,11 @@ def ways_to_train(
         training_args: as in :func:`run_estimator`.
         own: the run's estimator.
     """
-    other_args = dataclasses.replace(model_args, use_lora=not model_args.use_lora, use_4bit=False, use_8bit=False)
+    other_args = dataclasses.replace(
+        model_args, use_lora=not model_args.use_lora, train_parts=[], use_4bit=False, use_8bit=False
+    )
     other = run_estimator(other_args, training_args)
     lora, full = (own, other) if model_args.use_lora else (other, own)
-    trained, scopes = ", ".join(model_args.train_parts), ", ".join(model_args.lora_scopes)
+    in_full = other_args if model_args.use_lora else model_args
+    trained, scopes = ", ".join(in_full.train_parts), ", ".join(model_args.lora_scopes)
     return {f"in full: {trained}": (full, 16), f"LoRA: {scopes}": (lora, 16), f"QLoRA: {scopes}": (lora, 4)}
