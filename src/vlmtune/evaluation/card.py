@@ -12,7 +12,7 @@ import yaml
 
 from vlmtune.evaluation.merging import MERGE_FILE
 from vlmtune.evaluation.runner import SCORES
-from vlmtune.models.checkpoint import is_adapter_dir, read_adapter_settings
+from vlmtune.models.checkpoint import is_adapter_dir, read_settings
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_config
 
@@ -59,7 +59,7 @@ def model_card(folder: Path, evaluation: Path | None = None) -> str:
     run, merged = _read(folder / "run.json"), _read(folder / MERGE_FILE)
     if not run and merged:
         run = _read(Path(str(merged.get("adapter"))) / "run.json")
-    settings = read_adapter_settings(folder) if adapter else {}
+    settings = read_settings(folder) if adapter else {}
     given = settings.get("base_model_name_or_path") or merged.get("base_model") or run.get("model", {}).get("name")
     base = str(given or "unknown")
     family = get_family(load_config(base if adapter else folder))
