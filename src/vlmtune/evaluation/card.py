@@ -12,7 +12,8 @@ import yaml
 
 from vlmtune.evaluation.merging import MERGE_FILE
 from vlmtune.evaluation.runner import SCORES
-from vlmtune.models.checkpoint import is_adapter_dir, read_settings
+from vlmtune.models.adapter_files import read_settings
+from vlmtune.models.checkpoint import is_adapter_dir
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_config
 
