@@ -191,3 +191,14 @@ def test_histograms_hold_every_value() -> None:
     bars = histogram(values)
     assert sum(count for _, count in bars) == len(values) and len(bars) <= 13
     assert histogram([]) == [] and histogram([7, 7]) == [("7", 2)]
+
+
+def test_images_in_an_archive_are_checked_in_place(captions: Path, tmp_path: Path) -> None:
+    (captions / "Images" / "0.jpg").write_bytes(b"no image")
+    plain = check_data(VLMDataArguments(dataset_path=str(captions)))
+    shutil.make_archive(str(tmp_path / "photos"), "zip", captions / "Images")
+    shutil.rmtree(captions / "Images")
+    packed = check_data(VLMDataArguments(dataset_path=str(captions), image_dir=str(tmp_path / "photos.zip")))
+    kinds = [[(finding.kind, finding.count) for finding in report.findings] for report in (plain, packed)]
+    assert kinds[0] == kinds[1] and ("image not an image", 1) in kinds[0]
+    assert "0.jpg" in html_page(packed)

@@ -14,14 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vlmtune.data import images
 from vlmtune.data.sample import ImageRef
-from vlmtune.errors import DataError
+from vlmtune.errors import DataError, ImageError
 
 # Called with (images done, images in all).
 Progress = Callable[[int, int], None]
@@ -83,9 +82,9 @@ def inspect_image(ref: ImageRef, *, max_pixels: int | None = None) -> ImageFacts
     if problem:
         return ImageFacts(kind="empty" if "(0 bytes)" in problem else "missing", problem=problem)
     try:
-        content = ref.bytes if ref.bytes is not None else Path(ref.path or "").read_bytes()
-    except OSError as error:
-        return ImageFacts(kind="missing", problem=f"{ref.name} cannot be read: {error.strerror}.")
+        content = images.content_of(ref)
+    except ImageError as error:
+        return ImageFacts(kind="missing", problem=str(error))
     key = hashlib.sha256(content).hexdigest()
     whole = ImageRef(path=ref.path or ref.name, bytes=content)
     if problem := images.check(whole, "header", max_pixels=max_pixels):

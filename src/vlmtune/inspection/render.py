@@ -88,7 +88,7 @@ def html_page(report: Report) -> str:
 
 
 def _finding(finding: Finding) -> str:
-    figures = "".join(figure(ref, Path(ref.name).name) for ref in finding.images[:FIGURES])
+    figures = "".join(figure(ref, ref.filename or ref.name) for ref in finding.images[:FIGURES])
     examples = items(finding.examples, finding.count - len(finding.examples) if not finding.images else 0)
     listed = f"<details><summary>examples</summary>{examples}</details>" if finding.examples else ""
     return (
