@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from transformers.utils import is_torch_bf16_gpu_available
 
+from vlmtune.config.devices import fsdp_settings, split_batch, zero_settings
 from vlmtune.config.options import OptionsError, limit_problems, raise_problems
 from vlmtune.config.training_options import TrainingOptions
 
@@ -32,6 +34,16 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
         raise_problems(self.problems())
         if self.resume:
             self.resume_from_checkpoint = self.resume_from_checkpoint or "true"
+        world_size = int(os.environ.get("WORLD_SIZE") or 1)
+        if world_size > 1 and not torch.accelerator.is_available():
+            # Without an accelerator it must be told, or every process takes itself for the only one.
+            self.use_cpu = True
+        if self.effective_batch_size:
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = split_batch(
+                self.effective_batch_size, self.per_device_train_batch_size, world_size
+            )
+        if world_size > 1:
+            self._share_out()
         # transformers keeps the old names and warns; people know them, and both mean the same.
         if self.activation_checkpointing is None and self.gradient_checkpointing is not None:
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
@@ -55,11 +67,40 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise OptionsError([f"The training options cannot be used: {' '.join(str(error).split())}"]) from error
 
+    def _share_out(self) -> None:
+        """Give the base class the settings of the strategy."""
+        if self.strategy == "fsdp":
+            self.fsdp = True
+            self.fsdp_config = fsdp_settings(self.fsdp_config)
+        elif self.strategy in ("zero2", "zero3"):
+            self.deepspeed = zero_settings(2 if self.strategy == "zero2" else 3)
+
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each, before the base class sees them."""
         found = limit_problems(self)
         if self.fp16 and self.bf16:
             found.append("fp16 and bf16 are both on; choose one of them.")
+        world_size = int(os.environ.get("WORLD_SIZE") or 1)
+        if self.effective_batch_size and self.effective_batch_size % world_size:
+            found.append(
+                f"effective_batch_size is {self.effective_batch_size}, which cannot be split evenly over {world_size} "
+                f"devices; use a multiple of {world_size}."
+            )
+        if self.effective_batch_size and self.gradient_accumulation_steps != 1:
+            found.append(
+                "effective_batch_size and gradient_accumulation_steps are both set; the first decides the second, so "
+                "leave the second out."
+            )
+        if self.strategy != "ddp" and (self.fsdp or self.deepspeed):
+            found.append(
+                f"strategy is {self.strategy}, and {'fsdp' if self.fsdp else 'deepspeed'} is set too; "
+                "leave one of them out."
+            )
+        if self.strategy in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
+            found.append(
+                f"strategy {self.strategy} needs the package deepspeed, which is not installed. Install it by: "
+                "pip install 'vlmtune[deepspeed]', or use fsdp, which needs nothing more."
+            )
         if self.eval_strategy == "no":
             found += [
                 f"{name} is set, but eval_strategy is no; set it to steps or epoch."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from vlmtune.config.devices import DeviceOptions, Strategy
 from vlmtune.config.options import (
     AT_LEAST_ONE,
     AT_LEAST_ZERO,
@@ -20,7 +21,7 @@ from vlmtune.config.options import (
 
 
 @dataclass
-class TrainingOptions:
+class TrainingOptions(DeviceOptions):
     """Options of training with vlmtune's defaults."""
 
     _argument_group_name = "training"
@@ -45,6 +46,17 @@ class TrainingOptions:
     )
     device_memory_gb: float | None = option(
         None, help="Memory of a device, in gigabytes, that device_batch_size auto may fill; by default what is free."
+    )
+    effective_batch_size: int | None = option(
+        None,
+        help="Samples of one optimizer step over all devices. Sets gradient_accumulation_steps, so that a recipe is the "
+        "same run on any number of devices; per_device_train_batch_size is then the most a device takes at once.",
+    )
+    strategy: Strategy = option(
+        "ddp",
+        help="What the devices share out: ddp nothing, each holds the whole model; fsdp the weights, gradients and "
+        "optimizer (FSDP2); zero2 gradients and optimizer, zero3 the weights too (by DeepSpeed). One device shares "
+        "nothing.",
     )
     learning_rate: float = option(
         2e-4,
@@ -128,6 +140,7 @@ class TrainingOptions:
         "per_device_eval_batch_size": AT_LEAST_ONE,
         "gradient_accumulation_steps": AT_LEAST_ONE,
         "device_memory_gb": POSITIVE,
+        "effective_batch_size": AT_LEAST_ONE,
         "learning_rate": POSITIVE,
         "vision_learning_rate": POSITIVE,
         "projector_learning_rate": POSITIVE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from vlmtune.models.boxes import THOUSANDTHS, BoxCodec, ViewOf, whole
@@ -114,6 +115,7 @@ class Family:
             quantised.
         boxes: how it writes boxes.
         view: the part of an image that it sees, and how large; boxes are counted in it.
+        layers: part name -> place, inside the part, of the list of its layers, which sharded training takes as units.
         features_listed: the model takes prepared image features as a list, one tensor an image.
         block_layers: where ``attention`` is ``image_block``, the kinds of layers in which it is so.
         template_options: what the chat template is told, such as that the model answers without thinking aloud first.
@@ -157,6 +159,9 @@ class Family:
     render: Render | None = None
     attn_implementation: str | None = "sdpa"
     unused: Unused = nothing_unused
+    layers: Mapping[Part, str] = field(
+        default_factory=lambda: MappingProxyType({"language": "layers", "vision": "encoder.layers"})
+    )
     features_listed: bool = False
     block_layers: BlockLayers = every_layer
     template_options: Mapping[str, Any] = field(default_factory=dict)

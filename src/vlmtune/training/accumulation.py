@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmtune.config.devices import split_batch
 from vlmtune.errors import ConfigError
 
 
@@ -46,15 +47,11 @@ class GradientAccumulationManager:
             raise ConfigError("The effective and the largest device batch size must be at least 1.")
         if world_size < 1:
             raise ConfigError(f"world_size is {world_size}; it must be at least 1.")
-        if effective_batch_size % world_size:
-            raise ConfigError(
-                f"An effective batch of {effective_batch_size} cannot be split evenly over {world_size} devices. "
-                f"Use a multiple of {world_size}."
-            )
-        per_rank = effective_batch_size // world_size
-        fitting = (size for size in range(min(max_per_device_batch_size, per_rank), 0, -1) if per_rank % size == 0)
-        size = next(fitting)
-        return cls(size, per_rank // size, world_size)
+        try:
+            size, steps = split_batch(effective_batch_size, max_per_device_batch_size, world_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return cls(size, steps, world_size)
 
     def halve(self) -> GradientAccumulationManager:
         """Keep the effective batch with a smaller device batch, for when memory runs out.

@@ -9,7 +9,8 @@ Shape legend: B rows, L tokens, N supervised tokens, H hidden features, V vocabu
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -166,7 +167,9 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
     The loss is computed inside the model's forward, so that DDP and FSDP see every parameter used where they
     expect it. Calls without ``target_sources``, as in generation, go to the model's own forward.
 
-    ``dummy_image``, an image's tensors, goes through tower and projector and adds nothing.
+    ``dummy_image``, an image's tensors, goes through tower and projector and adds nothing. It does so where an image
+    of the batch would, before the language model: ranks that share weights out gather them layer by layer, and all
+    must do so in one order, forward and backward.
 
     Args:
         model: a vision-language model with an LM head, or a PEFT model around one.
@@ -185,7 +188,8 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
         targets, weights = kwargs.pop("target_ids"), kwargs.pop("target_weights", None)
         dummy = kwargs.pop("dummy_image", None)
         kwargs.pop("labels", None)
-        hidden_BLH = getattr(self, self.base_model_prefix)(*args, **kwargs, use_cache=False)[0]
+        with _seen(self, dummy) if dummy else nullcontext():
+            hidden_BLH = getattr(self, self.base_model_prefix)(*args, **kwargs, use_cache=False)[0]
         hidden_NH = hidden_BLH.flatten(0, 1)[sources]
         loss = chunked_cross_entropy(
             hidden_NH if scale == 1 else hidden_NH * scale,
@@ -195,11 +199,26 @@ def install_supervised_loss(model: nn.Module, *, chunk_tokens: int = 0) -> None:
             softcap=softcap,
             chunk_tokens=chunk_tokens,
         )
-        if dummy is not None:
-            loss = loss + _nothing(self.get_image_features(**dummy, return_dict=True))
         return ModelOutput(loss=loss)
 
     base.forward = types.MethodType(forward, base)
+
+
+@contextmanager
+def _seen(base: Any, image: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let an image pass through tower and projector when the language model is called, and change nothing there."""
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        features = base.get_image_features(**image, return_dict=True)
+        embeds = kwargs["inputs_embeds"]
+        return args, kwargs | {"inputs_embeds": embeds + _nothing(features).to(embeds.dtype)}
+
+    language = base.get_submodule(get_family(base).parts["language"])
+    hook = language.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _nothing(outputs: Any) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from vlmtune.batching.collator import BaseVLMDataCollator
@@ -30,13 +30,14 @@ from vlmtune.training.loaders import batch_loader
 from vlmtune.training.loss import count_targets, install_supervised_loss, targets_from_labels
 from vlmtune.training.output_dir import latest_checkpoint, require_whole
 from vlmtune.training.parameter_groups import split_by_part
+from vlmtune.training.sharding import ShardingTrainer
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
 from vlmtune.training.throughput import Work
 
 IdsByBatch = list[list[str]]
 
 
-class MemoryEfficientTrainer(Trainer):
+class MemoryEfficientTrainer(ShardingTrainer):
     """Trains a vision-language model without ever forming full logits.
 
     Differs from ``transformers.Trainer`` in this:
@@ -254,7 +255,7 @@ class MemoryEfficientTrainer(Trainer):
         (folder / "training_args.json").write_text(arguments + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
@@ -267,7 +268,8 @@ class MemoryEfficientTrainer(Trainer):
                 f"{folder} holds {'full weights' if adapted else 'an adapter'}, but this run trains "
                 f"{'an adapter' if adapted else 'full weights'}. Resume with the settings the run was started with."
             )
-        (load_adapter if adapted else load_full_weights)(target, folder)
+        with self.loading_whole_tensors():
+            (load_adapter if adapted else load_full_weights)(target, folder)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is None:
@@ -294,8 +296,7 @@ class MemoryEfficientTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ResumeError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
         if resume_from_checkpoint:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            require_whole(Path(resume_from_checkpoint), sharded=sharded)
+            require_whole(Path(resume_from_checkpoint), deepspeed=self.is_deepspeed_enabled)
             resume_from_checkpoint = str(resume_from_checkpoint)
         self.work.restart_clock()
         return super().train(resume_from_checkpoint or None, *args, **kwargs)

@@ -32,6 +32,7 @@ INTERNVL = Family(
         "projector": ("linear_1", "linear_2"),
         "vision": ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"),
     },
+    layers={"language": "layers", "vision": "encoder.layer"},
     attention="causal",
     turn_end="<|im_end|>",
     terminators=("<|im_end|>", "<|endoftext|>"),

@@ -89,6 +89,7 @@ QWEN2_VL = Family(
         "projector": ("0", "2"),
         "vision": ("qkv", "proj", "fc1", "fc2"),
     },
+    layers={"language": "layers", "vision": "blocks"},
     attention="causal",
     turn_end="<|im_end|>",
     terminators=("<|im_end|>", "<|endoftext|>"),
