@@ -21,6 +21,7 @@ from vlmtune.cli.env import env
 from vlmtune.cli.estimate import estimate
 from vlmtune.cli.evaluate import evaluate
 from vlmtune.cli.families import families
+from vlmtune.cli.launch import leave_reason
 from vlmtune.cli.merge import merge
 from vlmtune.cli.metrics import metrics
 from vlmtune.cli.predict import predict
@@ -106,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlmtuneError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        if not leave_reason(error):
+            print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:
         # The reader, such as `head`, has gone; Python would complain once more while it exits.
@@ -115,3 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what was written so far stays", file=sys.stderr)
         return 130
+    except Exception as error:
+        if leave_reason(error):
+            return 1
+        raise

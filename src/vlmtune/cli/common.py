@@ -109,6 +109,10 @@ def set_up_output() -> None:
     logger = logging.getLogger("vlmtune")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+    if rank := int(os.environ.get("RANK") or 0):
+        # What all say the first says; what one alone has to say is at least a warning.
+        logger.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter(f"%(asctime)s  rank {rank}: %(message)s", "%H:%M:%S"))
     logger.propagate = False
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -134,7 +138,8 @@ def progress(title: str) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, desc=title, unit="", leave=False)
+            hidden = os.environ.get("LOCAL_RANK", "0") != "0"
+            bar = tqdm(total=total, desc=title, unit="", leave=False, disable=hidden)
         bar.update(done - bar.n)
         if done >= total:
             bar.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from vlmtune.cli.common import asks_help, print_help, progress, recipe_and_flags
+from vlmtune.cli.launch import on_devices
+from vlmtune.config.devices import DeviceOptions
 
 # Options of the data that evaluation passes over.
 TRAINING_DATA_OPTIONS = (
@@ -40,7 +42,7 @@ def evaluate(argv: list[str]) -> int:
             "or everything. Options of a training recipe that do not concern evaluation are passed over.\n\n"
             "With --predictions, answers that exist already are scored, and no model is loaded. --samples N is short\n"
             "for --eval_samples N.",
-            classes,
+            [*classes, DeviceOptions],
             without=TRAINING_DATA_OPTIONS,
         )
         return 0
@@ -58,6 +60,8 @@ def evaluate(argv: list[str]) -> int:
         )
         print(score_file(*scoring))
         return 0
+    if (code := on_devices("evaluate", argv, [*classes, *ignored])) is not None:
+        return code
     made = parse_arguments(classes, flags, recipe_path, ignored=ignored)
     told = run_evaluation(*made, progress=progress("Answering"))
     if is_first():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from vlmtune.cli.common import asks_help, print_help, progress, recipe_and_flags
+from vlmtune.cli.launch import on_devices, rank
 
 
 def train(argv: list[str]) -> int:
@@ -24,7 +25,11 @@ def train(argv: list[str]) -> int:
             without=("eval_samples", "honesty"),
         )
         return 0
-    from vlmtune.config import parse_recipe
+    from vlmtune.config import TrainingArguments, parse_recipe
+
+    classes = [ModelWithLoRAArguments, VLMDataArguments, TrainingArguments, EvaluationArguments]
+    if (code := on_devices("train", argv, classes)) is not None:
+        return code
     from vlmtune.training.run import run_training
 
     recipe_path, flags = recipe_and_flags(argv)
@@ -33,6 +38,8 @@ def train(argv: list[str]) -> int:
     result = run_training(
         recipe.model, recipe.data, recipe.training, recipe.evaluation, progress=progress("Image features")
     )
+    if rank():
+        return 0
     print(f"\nDone: {result.steps} steps in {result.seconds:.0f} s. In {result.output_dir}:")
     print(
         "  the adapter or model with its processor; run.json (options, versions, data); log.jsonl (every logged step)"

@@ -44,6 +44,9 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
             )
         if world_size > 1:
             self._share_out()
+        if self.ddp_find_unused_parameters is None:
+            # None is unused: what no image went through in a step gets a dummy one.
+            self.ddp_find_unused_parameters = False
         # transformers keeps the old names and warns; people know them, and both mean the same.
         if self.activation_checkpointing is None and self.gradient_checkpointing is not None:
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
@@ -66,6 +69,13 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise OptionsError([f"The training options cannot be used: {' '.join(str(error).split())}"]) from error
+        # The base class would deal every batch out to all devices it sees; a process takes one, and says so by rank.
+        self._n_gpu = min(self.n_gpu, 1)
+        if self.deepspeed and self.use_cpu:
+            import deepspeed
+
+            # Beside an accelerator the base class does so; ZeRO-3 asks for the number of ranks when weights load.
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
     def _share_out(self) -> None:
         """Give the base class the settings of the strategy."""

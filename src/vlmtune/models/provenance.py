@@ -57,7 +57,17 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     embedding = base_model(model).get_input_embeddings()
     # Where it is trained beside an adapter, PEFT keeps the base's own within.
-    weight = getattr(embedding, "original_module", embedding).weight.detach()
+    weight = getattr(embedding, "original_module", embedding).weight
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        # ZeRO-3 has left a part of it here; all ranks ask for the whole together.
+        with deepspeed.zero.GatheredParameters([weight]):
+            return _fingerprint(weight.detach())
+    return _fingerprint(weight.detach())
+
+
+def _fingerprint(weight: torch.Tensor) -> str:
     rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0])).long().to(weight.device)
     values = weight[rows].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(repr(tuple(weight.shape)).encode() + values).hexdigest()[:16]

@@ -49,6 +49,7 @@ def get_quantization_config(
     bnb_4bit_quant_type: str = "nf4",
     bnb_4bit_compute_dtype: str | torch.dtype = "auto",
     bnb_4bit_use_double_quant: bool = True,
+    bnb_4bit_quant_storage: str | torch.dtype | None = None,
 ) -> BitsAndBytesConfig | None:
     """Return the bitsandbytes configuration, or ``None`` when no quantisation is asked for.
 
@@ -61,6 +62,8 @@ def get_quantization_config(
         bnb_4bit_quant_type: ``nf4`` or ``fp4``.
         bnb_4bit_compute_dtype: number format that weights are unpacked to.
         bnb_4bit_use_double_quant: quantise the scales too.
+        bnb_4bit_quant_storage: number format in which packed weights are kept. FSDP shares out floating-point ones
+            alone; by default they are bytes.
 
     Raises:
         ConfigError: both at once, or an unknown type.
@@ -88,15 +91,19 @@ def get_quantization_config(
         bnb_4bit_quant_type=bnb_4bit_quant_type,
         bnb_4bit_compute_dtype=get_torch_dtype(bnb_4bit_compute_dtype),
         bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+        bnb_4bit_quant_storage=None if bnb_4bit_quant_storage is None else get_torch_dtype(bnb_4bit_quant_storage),
     )
 
 
-def quantization_of(arguments: QuantizationArguments, torch_dtype: str | torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_of(
+    arguments: QuantizationArguments, torch_dtype: str | torch.dtype, *, sharded: bool = False
+) -> BitsAndBytesConfig | None:
     """Return the configuration that options ask for; ``auto`` computes in the number format of the weights.
 
     Args:
         arguments: the options.
         torch_dtype: number format of the weights.
+        sharded: the weights are to be shared out by FSDP.
     """
     compute_dtype = arguments.bnb_4bit_compute_dtype
     return get_quantization_config(
@@ -105,6 +112,7 @@ def quantization_of(arguments: QuantizationArguments, torch_dtype: str | torch.d
         bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
         bnb_4bit_compute_dtype=torch_dtype if compute_dtype == "auto" else compute_dtype,
         bnb_4bit_use_double_quant=arguments.bnb_4bit_use_double_quant,
+        bnb_4bit_quant_storage=torch_dtype if sharded else None,
     )
 
 

@@ -121,6 +121,8 @@ def why_not_cached(model: Any, family: Family) -> str | None:
     if not family.feature_cache:
         return f"{family.name} does not take prepared image features: {family.cache_reason}"
     base = base_model(model)
+    if hasattr(next(base.parameters()), "ds_id"):
+        return "strategy zero3 shares the tower out over the ranks, and none can compute features alone"
     for part in ("vision", "projector"):
         place = family.parts[part]
         if any(parameter.requires_grad for parameter in base.get_submodule(place).parameters()):

@@ -214,7 +214,8 @@ def _seen(base: Any, image: Mapping[str, Tensor]) -> Iterator[None]:
         return args, kwargs | {"inputs_embeds": embeds + _nothing(features).to(embeds.dtype)}
 
     language = base.get_submodule(get_family(base).parts["language"])
-    hook = language.register_forward_pre_hook(look, with_kwargs=True)
+    # Before the hooks by which the language model's own weights are gathered.
+    hook = language.register_forward_pre_hook(look, prepend=True, with_kwargs=True)
     try:
         yield
     finally:
