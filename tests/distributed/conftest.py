@@ -1,4 +1,4 @@
-"""A process group of two ranks on gloo, started once for all jobs, beside the same jobs in one process."""
+"""Process groups of two and three ranks on gloo, each started once for all jobs, beside the same jobs in one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def outcome(folder: str | Path) -> SimpleNamespace:
     folder = Path(folder)
     return SimpleNamespace(
         gradients=load_file(folder / "gradients.safetensors"),
-        weights=load_file(folder / "run" / "adapter_model.safetensors"),
+        weights=load_file(next((folder / "run").glob("*model.safetensors"))),
         log=[json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()],
         ranks=json.loads((folder / "ranks.json").read_text()),
         folder=folder / "run",
@@ -75,50 +75,102 @@ def data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Simple
     )
 
 
+Jobs = dict[str, dict[str, Any]]
+
+
 @pytest.fixture(scope="session")
-def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int], dict[str, dict[str, Any]]]:
-    """The jobs by name, for a folder and a number of ranks; all have one effective batch on any number of ranks."""
+def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
+    """The jobs by name, for a folder, a number of ranks and a strategy; all have one effective batch on any number."""
     cache = tmp_path_factory.mktemp("distributed_cache")
 
-    def listed(place: str, ranks: int) -> dict[str, dict[str, Any]]:
-        root = tmp_path_factory.mktemp(place)
+    def listed(place: str, ranks: int, strategy: str = "ddp") -> Jobs:
+        root = tmp_path_factory.mktemp(f"{place}_{strategy}")
 
-        def job(name: str, family: str, dataset: str, size: int = 6, **options: Any) -> dict[str, Any]:
+        def job(name: str, family: str, dataset: str, **options: Any) -> dict[str, Any]:
             return {
                 "job": str(root / name),
                 "model_name_or_path": str(family_dir(family)),
                 "dataset_path": dataset,
-                "per_device_train_batch_size": size // ranks,
-                "cache_dir": str(cache / f"{place}-{name}"),
+                "effective_batch_size": 6,
+                "cache_dir": str(cache / f"{place}-{strategy}-{name}"),
                 "num_train_epochs": 2,
+                "strategy": strategy,
                 **options,
             }
 
         vision = {"lora_scopes": ["language", "vision"]}
         small = {"eval_dataset_path": data.evaluation, "per_device_eval_batch_size": 1}
-        return {
-            "gemma3": job("gemma3", "gemma3", data.images, **small, save_strategy="steps", save_steps=3),
-            "llava": job("llava", "llava", data.images),
+        saved = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 3}
+        few = {"effective_batch_size": None, "per_device_train_batch_size": 6 // ranks, "gradient_accumulation_steps": 2}
+        best = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+        made = {
+            "gemma3": job("gemma3", "gemma3", data.images, **small, **saved),
+            "llava": job("llava", "llava", data.images, max_steps=3),
             "qwen2_vl": job("qwen2_vl", "qwen2_vl", data.mixed, cache_image_features="off", max_steps=3),
-            "paligemma": job("paligemma", "paligemma", data.images, max_steps=3),
             "text_only_rank": job("text_only_rank", "gemma3", data.mixed, **vision),
-            "few": job("few", "gemma3", data.few, num_train_epochs=1, gradient_accumulation_steps=2),
+            "full": job("full", "gemma3", data.images, use_lora=False, max_steps=4, **saved),
+            "best": job("best", "gemma3", data.images, **small, **saved | best, learning_rate=0.05),
+            "quantised": job("quantised", "gemma3", data.images, use_4bit=True, max_steps=2),
+            "paligemma": job("paligemma", "paligemma", data.images, max_steps=3),
+            "few": job("few", "gemma3", data.few, num_train_epochs=1, **few),
         }
+        return {name: options for name, options in made.items() if name in JOBS[strategy]}
 
     return listed
 
 
+# By DeepSpeed 4-bit weights are not shared out, and without it full weights are not written.
+JOBS = {
+    "ddp": ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "few", "full", "quantised"),
+    "fsdp": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best", "quantised"),
+    "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full"),
+    "zero3": ("gemma3", "text_only_rank"),
+}
+Outcomes = Callable[[str], SimpleNamespace]
+
+
+def resumed(jobs: Jobs, name: str, checkpoint: Path) -> dict[str, Any]:
+    """The job of that name, gone on from a checkpoint."""
+    folder = f"{jobs[name]['job']}_{checkpoint.parents[1].name}_{checkpoint.parents[2].name}"
+    return {**jobs[name], "job": folder, "resume_from_checkpoint": str(checkpoint)}
+
+
 @pytest.fixture(scope="session")
-def one(jobs, tmp_path_factory) -> Callable[[str], SimpleNamespace]:
-    """The outcome of a job in one process."""
+def two(jobs, tmp_path_factory) -> Outcomes:
+    """The outcome of a job on two ranks; ``fsdp/gemma3`` with FSDP2."""
+    made = {f"{strategy}/{name}": job for strategy in ("ddp", "fsdp") for name, job in jobs("two", 2, strategy).items()}
+    launch(2, list(made.values()), tmp_path_factory.mktemp("two_jobs"))
+    return lambda name: outcome(made[name if "/" in name else f"ddp/{name}"]["job"])
+
+
+@pytest.fixture(scope="session")
+def one(jobs, two, tmp_path_factory) -> Outcomes:
+    """The outcome of a job in one process; ``fsdp/full`` gone on from what two ranks with FSDP2 left."""
     made = jobs("one", 1)
+    for name, step in (("ddp/gemma3", 3), ("fsdp/gemma3", 3), ("fsdp/full", 3)):
+        made[name] = resumed(made, name.partition("/")[2], two(name).folder / f"checkpoint-{step}")
     launch(1, list(made.values()), tmp_path_factory.mktemp("one_jobs"))
     return lambda name: outcome(made[name]["job"])
 
 
 @pytest.fixture(scope="session")
-def two(jobs, tmp_path_factory) -> Callable[[str], SimpleNamespace]:
-    """The outcome of a job on two ranks."""
-    made = jobs("two", 2)
-    launch(2, list(made.values()), tmp_path_factory.mktemp("two_jobs"))
+def three(jobs, two, tmp_path_factory) -> Outcomes:
+    """The outcome of a job on three ranks, and of those of two ranks gone on with on three: ``resumed/ddp``."""
+    made = {f"{strategy}/{name}": job for strategy in ("ddp", "fsdp") for name, job in jobs("three", 3, strategy).items()}
+    kept = ("ddp/gemma3", "ddp/text_only_rank", "fsdp/gemma3", "fsdp/text_only_rank", "fsdp/qwen2_vl")
+    made = {name: job for name, job in made.items() if name in kept}
+    for strategy in ("ddp", "fsdp"):
+        plain = {"gemma3": made[f"{strategy}/gemma3"]}
+        made[f"resumed/{strategy}"] = resumed(plain, "gemma3", two(f"{strategy}/gemma3").folder / "checkpoint-3")
+    launch(3, list(made.values()), tmp_path_factory.mktemp("three_jobs"))
+    return lambda name: outcome(made[name]["job"])
+
+
+@pytest.fixture(scope="session")
+def zero(jobs, tmp_path_factory) -> Outcomes:
+    """The outcome of a job on two ranks with ZeRO, and ``resumed/zero2`` gone on from its checkpoint."""
+    made = {f"{s}/{name}": job for s in ("zero2", "zero3") for name, job in jobs("two", 2, s).items()}
+    checkpoint = Path(made["zero2/gemma3"]["job"]) / "run" / "checkpoint-3"
+    made["resumed/zero2"] = resumed({"gemma3": made["zero2/gemma3"]}, "gemma3", checkpoint)
+    launch(2, list(made.values()), tmp_path_factory.mktemp("zero_jobs"))
     return lambda name: outcome(made[name]["job"])

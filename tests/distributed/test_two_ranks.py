@@ -1,35 +1,65 @@
-"""Two ranks on gloo with DDP give the one process's run: losses, gradients, adapter; uneven data, text on one rank."""
+"""Ranks on gloo give the one process's run: losses, gradients, adapter; uneven data, text on one rank, any strategy."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-FAMILIES = ("gemma3", "llava", "qwen2_vl", "paligemma")
-JOBS = (*FAMILIES, "text_only_rank", "few")
+DDP = ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "few", "full")
+FSDP = ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "quantised")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def assert_same_run(found, expected) -> None:
+def losses(run) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in run.log if "loss" in entry}
+
+
+def assert_same_run(found, expected, *, weights: float = 2e-4) -> None:
     """Sums in another order: float32 keeps six digits of a step's loss and five of its gradient."""
-    losses, alone = ([entry["loss"] for entry in run.log if "loss" in entry] for run in (found, expected))
-    assert len(losses) == len(alone) > 0
-    assert losses == pytest.approx(alone, rel=2e-5)
-    assert found.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        step = name.partition(".")[0]
+    alone = losses(expected)
+    assert losses(found) == pytest.approx(alone, rel=2e-5)
+    assert len(alone) > 0
+    # DeepSpeed has taken its step before gradients can be looked at.
+    for name in found.gradients:
+        gradient, step = expected.gradients[name], name.partition(".")[0]
         largest = max(g.abs().max() for n, g in expected.gradients.items() if n.partition(".")[0] == step)
         torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-3, atol=float(largest) * 1e-4, msg=name)
+    assert_same_weights(found, expected, weights)
+
+
+def assert_same_weights(found, expected, tolerance: float = 2e-4) -> None:
     assert found.weights.keys() == expected.weights.keys()
     for name, tensor in expected.weights.items():
-        torch.testing.assert_close(found.weights[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+        torch.testing.assert_close(found.weights[name], tensor, rtol=1e-3, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_equal_to_one_process(job, one, two) -> None:
-    assert_same_run(two(job), one(job))
+@pytest.mark.parametrize("job", DDP)
+def test_ddp_is_one_process(job, one, two) -> None:
+    found, expected = two(job), one(job)
+    assert found.gradients.keys() == expected.gradients.keys()
+    assert_same_run(found, expected)
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", FSDP)
+def test_fsdp_is_one_process(job, one, two) -> None:
+    found, expected = two(f"fsdp/{job}"), one(job)
+    assert found.gradients.keys() == expected.gradients.keys()
+    assert_same_run(found, expected)
+
+
+def test_fsdp_shares_every_weight_out(two) -> None:
+    for job in ("gemma3", "llava", "qwen2_vl", "quantised"):
+        first, second = two(f"fsdp/{job}").ranks
+        assert first["sharded"] == second["sharded"]
+        assert len([name for name in first["sharded"] if "lora_" not in name]) > 40, job
+    assert not two("gemma3").ranks[0]["sharded"]
+
+
+@pytest.mark.parametrize("job", [*DDP, *(f"fsdp/{job}" for job in FSDP)])
 def test_every_rank_does_as_many_steps(job, two) -> None:
     first, second = two(job).ranks
     assert first["steps"] == second["steps"] > 0
@@ -42,20 +72,91 @@ def test_each_sample_is_seen_once_an_epoch(two, one) -> None:
     assert sorted(ids) == sorted(name for batch in one("gemma3").ranks[0]["batches"] for name in batch["ids"])
 
 
-def test_a_rank_had_text_alone(two) -> None:
+@pytest.mark.parametrize("job", ["text_only_rank", "fsdp/text_only_rank"])
+def test_a_rank_had_text_alone(job, two) -> None:
     """While the other's tower was trained: without a dummy image its gradients would hang or be refused."""
-    turns = list(zip(*(rank["batches"] for rank in two("text_only_rank").ranks), strict=True))
+    turns = list(zip(*(rank["batches"] for rank in two(job).ranks), strict=True))
     assert any(sorted(bool(batch["images"]) for batch in turn) == [False, True] for turn in turns)
 
 
-def test_evaluation_counts_no_sample_twice(one, two) -> None:
+@pytest.mark.parametrize("job", ["gemma3", "fsdp/gemma3"])
+def test_evaluation_counts_no_sample_twice(job, one, two) -> None:
     """Five samples in batches of one on two ranks: the sixth batch is a filler."""
-    assert two("gemma3").ranks[0]["metrics"]["eval_loss"] == pytest.approx(
-        one("gemma3").ranks[0]["metrics"]["eval_loss"], rel=1e-5
-    )
+    expected = one("gemma3").ranks[0]["metrics"]["eval_loss"]
+    assert two(job).ranks[0]["metrics"]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_cache_is_filled_once_between_ranks(one, two) -> None:
-    shares = [sum(rank["computed"]) for rank in two("gemma3").ranks]
+@pytest.mark.parametrize("job", ["gemma3", "fsdp/gemma3"])
+def test_the_cache_is_filled_once_between_ranks(job, one, two) -> None:
+    shares = [sum(rank["computed"]) for rank in two(job).ranks]
     assert sum(shares) == sum(one("gemma3").ranks[0]["computed"]) == 7
     assert sorted(shares) == [3, 4]
+
+
+@pytest.mark.parametrize("job", ["gemma3", "fsdp/gemma3", "fsdp/full"])
+def test_a_checkpoint_is_that_of_one_process(job, one, two) -> None:
+    alone = one(job.rpartition("/")[2]).folder / "checkpoint-3"
+    found = two(job).folder / "checkpoint-3"
+    named = [{file.name for file in folder.iterdir() if "rng_state" not in file.name} for folder in (alone, found)]
+    assert named[0] == named[1]
+    expected, state = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (alone, found))
+    assert [group["params"] for group in state["param_groups"]] == [g["params"] for g in expected["param_groups"]]
+    assert state["state"].keys() == expected["state"].keys()
+    for key, own in expected["state"].items():
+        for name, value in own.items():
+            torch.testing.assert_close(state["state"][key][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("job", ["ddp/gemma3", "fsdp/gemma3", "fsdp/full"])
+def test_saved_on_two_ranks_and_gone_on_with_in_one_process(job, one) -> None:
+    whole, rest = one(job.rpartition("/")[2]), one(job)
+    assert losses(rest) == pytest.approx(losses(whole), rel=2e-5)
+    assert min(int(name.partition(".")[0]) for name in rest.gradients) == 3
+    assert_same_weights(rest, whole)
+
+
+def test_the_best_checkpoint_is_loaded_with_fsdp(two) -> None:
+    run = two("fsdp/best")
+    best = run.ranks[0]["best"]
+    assert best == run.ranks[1]["best"] is not None
+    last = max(run.folder.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    assert str(last) != best
+    expected = load_file(f"{best}/adapter_model.safetensors")
+    for name, tensor in run.weights.items():
+        assert torch.equal(tensor, expected[name]), name
+    record = json.loads((last / "trainer_state.json").read_text())
+    assert record["best_model_checkpoint"] == best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "job", ["ddp/gemma3", "ddp/text_only_rank", "fsdp/gemma3", "fsdp/text_only_rank", "fsdp/qwen2_vl"]
+)
+def test_three_ranks_are_one_process(job, one, three) -> None:
+    assert_same_run(three(job), one(job.rpartition("/")[2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_saved_on_two_ranks_and_gone_on_with_on_three(strategy, one, three) -> None:
+    rest = three(f"resumed/{strategy}")
+    assert losses(rest) == pytest.approx(losses(one("gemma3")), rel=2e-5)
+    assert_same_weights(rest, one("gemma3"))
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "job", [*(f"zero2/{job}" for job in ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full")),
+            "zero3/gemma3", "zero3/text_only_rank"]
+)  # fmt: skip
+def test_zero_is_one_process(job, one, zero) -> None:
+    assert_same_run(zero(job), one(job.rpartition("/")[2]))
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero_is_gone_on_with_on_as_many_ranks(one, zero) -> None:
+    rest = zero("resumed/zero2")
+    assert losses(rest) == pytest.approx(losses(one("gemma3")), rel=2e-5)
+    assert_same_weights(rest, one("gemma3"))

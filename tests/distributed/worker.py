@@ -76,7 +76,10 @@ def run(job: dict[str, Any]) -> None:
     finally:
         run_module.create_trainer = create_trainer
         ranks_module.fill_feature_cache = fill
+    sharded = [name for name, parameter in trainers[-1].model.named_parameters() if hasattr(parameter, "placements")]
+    best = trainers[-1].state.best_model_checkpoint
     own = {"steps": result.steps, "batches": batches, "computed": computed, "metrics": result.metrics}
+    own |= {"sharded": sharded, "best": best}
     everything: list[Any] = [own]
     if torch.distributed.is_initialized():
         everything = [None] * torch.distributed.get_world_size()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vlmtune.data.hashes import user_cache_dir
 from vlmtune.errors import ModelError
+from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
 from vlmtune.models.provenance import base_model
 
@@ -218,7 +219,8 @@ def image_features(model: nn.Module, pixels: Mapping[str, Tensor]) -> Tensor:
         pixels: the image processor's tensors.
     """
     base = base_model(model)
-    device = next(base.parameters()).device
+    # The language model may lie elsewhere.
+    device = next(base.get_submodule(get_family(base).parts["vision"]).parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in pixels.items()}
     outputs = base.get_image_features(**inputs, return_dict=True)
     deeper = getattr(outputs, "deepstack_features", None) or []

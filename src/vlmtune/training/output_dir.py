@@ -72,10 +72,10 @@ def latest_checkpoint(output_dir: str | Path | None) -> Path | None:
     return max(finished, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def require_whole(folder: Path, *, deepspeed: bool = False) -> None:
+def require_whole(folder: Path, *, sharded: bool = False) -> None:
     """Refuse a folder that the base class would silently resume without its step, optimizer or schedule."""
     needed = [TRAINER_STATE]
-    if not deepspeed:
+    if not sharded:
         needed += ["optimizer.pt", "scheduler.pt"]
     absent = [name for name in needed if not (folder / name).exists()]
     if absent:

@@ -11,6 +11,7 @@ import torch
 from vlmtune.batching.collator import SharedImageCollator
 from vlmtune.config import VLMDataArguments
 from vlmtune.models.features import FeatureCache
+from vlmtune.models.provenance import base_model
 from vlmtune.training.image_reuse import Progress, fill_feature_cache, open_feature_cache, try_fill
 
 
@@ -37,6 +38,10 @@ def fill_between_ranks(
     cache = open_feature_cache(model, collator.family, collator.processor, data_args)
     if cache is None or not any(any(dataset["image_key"]) for dataset in sets):
         return None
+    if trainer.is_fsdp_enabled:
+        # The base class leaves the model on the CPU until its weights are shared out.
+        for part in ("vision", "projector"):
+            base_model(model).get_submodule(collator.family.parts[part]).to(accelerator.device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or args.world_size)
     shares = [(args.process_index, args.world_size)]
     if local < args.world_size:

@@ -43,6 +43,7 @@ from vlmtune.training.parameter_groups import as_text, record, require_trained
 from vlmtune.training.probe import require_trainable
 from vlmtune.training.ranks import fill_between_ranks
 from vlmtune.training.run_info import save_training_info
+from vlmtune.training.sharding import check_strategy
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
 
 logger = logging.getLogger("vlmtune.training")
@@ -94,6 +95,7 @@ def run_training(
     # One process writes the records; the others would find its files in the directory and take them for a run's.
     writes, resume = training_args.should_save, training_args.resume_from_checkpoint
     checkpoint = prepare_output_dir(output_dir, resume=resume) if writes or resume else None
+    check_strategy(training_args, model_args)
     setup_training_environment(training_args.seed)
 
     origin: dict[str, Any] = {

@@ -6,6 +6,7 @@ optimizer's state as one process writes it. So a run can go on with other device
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,11 +20,41 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from transformers import Trainer
 
-from vlmtune.errors import ConfigError
+from vlmtune.config import ModelWithLoRAArguments, TrainingArguments
+from vlmtune.errors import ConfigError, ResumeError
 from vlmtune.models.families import get_family
 from vlmtune.models.provenance import base_model
 
+logger = logging.getLogger("vlmtune.training")
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+
+
+def check_strategy(args: TrainingArguments, model_args: ModelWithLoRAArguments) -> None:
+    """Refuse what a run's strategy cannot do, before any weight loads; with one device there is nothing to share out.
+
+    Raises:
+        ConfigError: with the reason and the way out.
+    """
+    if args.strategy == "ddp":
+        return
+    if args.world_size == 1:
+        logger.info("strategy %s: this run has one device, which shares nothing out", args.strategy)
+        return
+    reasons = []
+    shares_weights = args.strategy in ("fsdp", "zero3")
+    if args.eval_answers and shares_weights:
+        reasons.append(
+            "eval_answers answers on each rank by itself, which no rank can with a part of the weights; leave it out and "
+            "score the result by vlmtune evaluate"
+        )
+    if model_args.use_8bit and shares_weights:
+        reasons.append("8-bit weights of bitsandbytes cannot be shared out; use_4bit can, with strategy fsdp")
+    if model_args.use_4bit and args.strategy == "zero3":
+        reasons.append("4-bit weights are shared out by strategy fsdp alone; use that")
+    if args.strategy == "zero3" and not model_args.use_lora:
+        reasons.append("transformers writes full weights under wrong names with it; use strategy fsdp")
+    if reasons:
+        raise ConfigError(f"strategy {args.strategy} cannot be used here: {'; '.join(reasons)}. Or use ddp.")
 
 
 def layer_classes(model: nn.Module) -> list[str]:
@@ -106,6 +137,22 @@ def _as_parameter(value: Any, parameter: Tensor) -> Any:
     # Every rank has read the file, so none has to send.
     mesh = parameter.device_mesh
     return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+
+
+def require_as_many_ranks(folder: Path, ranks: int) -> None:
+    """Check that a checkpoint is DeepSpeed's, and of as many ranks, without which it cannot be gone on from.
+
+    Raises:
+        ResumeError: it is not.
+    """
+    wrote = len(list(folder.glob("global_step*/*_optim_states.pt")))
+    if wrote != ranks:
+        found = f"was written by {wrote} ranks" if wrote else "was not written by DeepSpeed"
+        raise ResumeError(
+            f"The checkpoint {folder} {found}, and this run has {ranks} ranks under DeepSpeed, which goes on from its own "
+            f"checkpoints on as many ranks alone. Use {f'{wrote} devices' if wrote else 'strategy ddp or fsdp'}. "
+            "Checkpoints of ddp and fsdp go on with either, on any number of devices."
+        )
 
 
 class ShardingTrainer(Trainer):

@@ -30,7 +30,7 @@ from vlmtune.training.loaders import batch_loader
 from vlmtune.training.loss import count_targets, install_supervised_loss, targets_from_labels
 from vlmtune.training.output_dir import latest_checkpoint, require_whole
 from vlmtune.training.parameter_groups import split_by_part
-from vlmtune.training.sharding import ShardingTrainer
+from vlmtune.training.sharding import ShardingTrainer, require_as_many_ranks
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
 from vlmtune.training.throughput import Work
 
@@ -296,7 +296,9 @@ class MemoryEfficientTrainer(ShardingTrainer):
             if resume_from_checkpoint is None:
                 raise ResumeError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
         if resume_from_checkpoint:
-            require_whole(Path(resume_from_checkpoint), deepspeed=self.is_deepspeed_enabled)
+            require_whole(Path(resume_from_checkpoint), sharded=self.is_deepspeed_enabled)
+            if self.is_deepspeed_enabled:
+                require_as_many_ranks(Path(resume_from_checkpoint), self.args.world_size)
             resume_from_checkpoint = str(resume_from_checkpoint)
         self.work.restart_clock()
         return super().train(resume_from_checkpoint or None, *args, **kwargs)

@@ -57,6 +57,7 @@ MISTRAL3 = Family(
         "projector": ("merging_layer", "linear_1", "linear_2"),
         "vision": ATTENTION_AND_MLP,
     },
+    layers={"language": "layers", "vision": "transformer.layers"},
     attention="causal",
     turn_end="</s>",
     terminators=("</s>",),
