@@ -1,4 +1,4 @@
-"""Process groups of two and three ranks on gloo, each started once for all jobs, beside the same jobs in one process."""
+"""Process groups of two and three ranks on gloo, each started once for all jobs, beside those in one process."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
         vision = {"lora_scopes": ["language", "vision"]}
         small = {"eval_dataset_path": data.evaluation, "per_device_eval_batch_size": 1}
         saved = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 3}
-        few = {"effective_batch_size": None, "per_device_train_batch_size": 6 // ranks, "gradient_accumulation_steps": 2}
+        few = {"effective_batch_size": 12, "per_device_train_batch_size": 6 // ranks}
         best = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
         made = {
             "gemma3": job("gemma3", "gemma3", data.images, **small, **saved),
@@ -156,7 +156,7 @@ def one(jobs, two, tmp_path_factory) -> Outcomes:
 @pytest.fixture(scope="session")
 def three(jobs, two, tmp_path_factory) -> Outcomes:
     """The outcome of a job on three ranks, and of those of two ranks gone on with on three: ``resumed/ddp``."""
-    made = {f"{strategy}/{name}": job for strategy in ("ddp", "fsdp") for name, job in jobs("three", 3, strategy).items()}
+    made = {f"{kind}/{name}": job for kind in ("ddp", "fsdp") for name, job in jobs("three", 3, kind).items()}
     kept = ("ddp/gemma3", "ddp/text_only_rank", "fsdp/gemma3", "fsdp/text_only_rank", "fsdp/qwen2_vl")
     made = {name: job for name, job in made.items() if name in kept}
     for strategy in ("ddp", "fsdp"):

@@ -189,8 +189,8 @@ def _launch(command: list[str], devices: int, nodes: int, rendezvous: str | None
             return 128 + int(stopped.sigval)
         except (RuntimeError, OSError, ValueError) as error:
             raise VlmtuneError(
-                f"The nodes could not meet at {rendezvous}: {' '.join(str(error).split())}. The host must be one of the "
-                "nodes, its port free and reachable from the others, and the command started on all of them."
+                f"The nodes could not meet at {rendezvous}: {' '.join(str(error).split())}. The host must be one of "
+                "the nodes, its port free and reachable from the others, and the command started on all of them."
             ) from error
     return 0
 
@@ -220,7 +220,7 @@ def _say_why(failures: Mapping[int, Any], processes: int) -> int:
 
 def _order(failure: tuple[int, Any]) -> tuple[bool, bool, float]:
     """The reason comes first: not one that was ended for it, nor one that lost its peer; else the earliest."""
-    number, found = failure
+    found = failure[1]
     told = _told(found)
     ended = found.exitcode == -signal.SIGTERM
     lost = bool(LOST_PEER.search(told.get("text", ""))) or found.exitcode == -signal.SIGABRT

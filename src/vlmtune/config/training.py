@@ -44,7 +44,7 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
             )
         if world_size > 1:
             self._share_out()
-        if self.ddp_find_unused_parameters is None:
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
             # None is unused: what no image went through in a step gets a dummy one.
             self.ddp_find_unused_parameters = False
         # transformers keeps the old names and warns; people know them, and both mean the same.
@@ -71,7 +71,7 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
             raise OptionsError([f"The training options cannot be used: {' '.join(str(error).split())}"]) from error
         # The base class would deal every batch out to all devices it sees; a process takes one, and says so by rank.
         self._n_gpu = min(self.n_gpu, 1)
-        if self.deepspeed and self.use_cpu:
+        if getattr(self, "deepspeed", None) and self.use_cpu:
             import deepspeed
 
             # Beside an accelerator the base class does so; ZeRO-3 asks for the number of ranks when weights load.
@@ -81,7 +81,7 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
         """Give the base class the settings of the strategy."""
         if self.strategy == "fsdp":
             self.fsdp = True
-            self.fsdp_config = fsdp_settings(self.fsdp_config)
+            self.fsdp_config = fsdp_settings(getattr(self, "fsdp_config", None))
         elif self.strategy in ("zero2", "zero3"):
             self.deepspeed = zero_settings(2 if self.strategy == "zero2" else 3)
 

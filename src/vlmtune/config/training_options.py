@@ -49,8 +49,8 @@ class TrainingOptions(DeviceOptions):
     )
     effective_batch_size: int | None = option(
         None,
-        help="Samples of one optimizer step over all devices. Sets gradient_accumulation_steps, so that a recipe is the "
-        "same run on any number of devices; per_device_train_batch_size is then the most a device takes at once.",
+        help="Samples of one optimizer step over all devices. Sets gradient_accumulation_steps, so that a recipe is "
+        "the same run on any number of devices; per_device_train_batch_size is then the most a device takes at once.",
     )
     strategy: Strategy = option(
         "ddp",

@@ -135,9 +135,7 @@ def run_training(
 
     model = load_model_for_training(
         model_args.model_name_or_path,
-        quantization_config=quantization_of(
-            model_args, model_args.torch_dtype, sharded=bool(training_args.fsdp)
-        ),
+        quantization_config=quantization_of(model_args, model_args.torch_dtype, sharded=bool(training_args.fsdp)),
         torch_dtype=model_args.torch_dtype,
         attn_implementation=model_args.attn_implementation,
         **origin,

@@ -44,8 +44,8 @@ def check_strategy(args: TrainingArguments, model_args: ModelWithLoRAArguments) 
     shares_weights = args.strategy in ("fsdp", "zero3")
     if args.eval_answers and shares_weights:
         reasons.append(
-            "eval_answers answers on each rank by itself, which no rank can with a part of the weights; leave it out and "
-            "score the result by vlmtune evaluate"
+            "eval_answers answers on each rank by itself, which no rank can with a part of the weights; leave it out "
+            "and score the result by vlmtune evaluate"
         )
     if model_args.use_8bit and shares_weights:
         reasons.append("8-bit weights of bitsandbytes cannot be shared out; use_4bit can, with strategy fsdp")
@@ -149,8 +149,8 @@ def require_as_many_ranks(folder: Path, ranks: int) -> None:
     if wrote != ranks:
         found = f"was written by {wrote} ranks" if wrote else "was not written by DeepSpeed"
         raise ResumeError(
-            f"The checkpoint {folder} {found}, and this run has {ranks} ranks under DeepSpeed, which goes on from its own "
-            f"checkpoints on as many ranks alone. Use {f'{wrote} devices' if wrote else 'strategy ddp or fsdp'}. "
+            f"The checkpoint {folder} {found}, and this run has {ranks} ranks under DeepSpeed, which goes on from its "
+            f"own checkpoints on as many ranks alone. Use {f'{wrote} devices' if wrote else 'strategy ddp or fsdp'}. "
             "Checkpoints of ddp and fsdp go on with either, on any number of devices."
         )
 
@@ -182,7 +182,7 @@ class ShardingTrainer(Trainer):
 
     def loading_whole_tensors(self) -> AbstractContextManager[Any]:
         """Return the context in which whole tensors can be copied into weights that are shared out."""
-        return implicit_replication() if self.is_fsdp_enabled else nullcontext()  # type: ignore[no-any-return]
+        return implicit_replication() if self.is_fsdp_enabled else nullcontext()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, or of an adapted one the adapter, whole; on all ranks together."""
