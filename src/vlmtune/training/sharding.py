@@ -51,8 +51,8 @@ def check_strategy(args: TrainingArguments, model_args: ModelWithLoRAArguments) 
         reasons.append("8-bit weights of bitsandbytes cannot be shared out; use_4bit can, with strategy fsdp")
     if model_args.use_4bit and args.strategy == "zero3":
         reasons.append("4-bit weights are shared out by strategy fsdp alone; use that")
-    if args.strategy == "zero3" and not model_args.use_lora:
-        reasons.append("transformers writes full weights under wrong names with it; use strategy fsdp")
+    if args.strategy in ("zero2", "zero3") and not model_args.use_lora:
+        reasons.append("full weights are written with other names than the base's with it; use strategy fsdp")
     if reasons:
         raise ConfigError(f"strategy {args.strategy} cannot be used here: {'; '.join(reasons)}. Or use ddp.")
 
