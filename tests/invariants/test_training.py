@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -454,7 +455,7 @@ def test_best_model_without_a_tensor_is_an_error(kind, error, lively_dir, proces
 def caption_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Flickr-style folder: 4 images with 5 captions each."""
     folder, rng = tmp_path_factory.mktemp("captions"), random.Random(0)
-    (folder / "Images").symlink_to(image_folder)
+    shutil.copytree(image_folder, folder / "Images")
     lines = ["image,caption"]
     lines += [f"{i}.jpg,{number} {' '.join(rng.choices(WORDS, k=4))}" for i in range(4) for number in range(5)]
     (folder / "captions.txt").write_text("\n".join(lines) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
 from pathlib import Path
@@ -76,8 +77,14 @@ def _measure(
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+    # What earlier tests left must not be freed within the measurement.
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    finally:
+        gc.enable()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     states = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
     beside = _peak(profile)
