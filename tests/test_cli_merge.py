@@ -15,6 +15,7 @@ import torch
 
 from vlmtune import cli
 from vlmtune.evaluation import merging
+from vlmtune.evaluation.card import CARD
 from vlmtune.models import merge as merge_module
 from vlmtune.models.checkpoint import save_model_and_processor
 from vlmtune.models.loading import load_model_for_inference, load_model_for_training
@@ -79,11 +80,13 @@ def test_merge(adapter, tiny_gemma3_dir, tmp_path, capsys) -> None:
     assert "drift 0.0" in text and "strength 1.0000" in text and "2 of 2 greedy answers equal" in text
     assert _names(output.parent) == {"merged"}
     # Everything that the base has, and what vlmtune knows of it.
-    assert _names(output) == _names(tiny_gemma3_dir) | {merging.MERGE_FILE}
+    assert _names(output) == _names(tiny_gemma3_dir) | {merging.MERGE_FILE, CARD}
     record = json.loads((output / merging.MERGE_FILE).read_text())
     assert record["base_model"] == str(tiny_gemma3_dir) and record["changed_tensors"] == 28
     (drift,) = record["drift"].values()
     assert drift["drift"] < 1e-4 and drift["changes"] > 0.01
+    card = (output / CARD).read_text()
+    assert card.startswith("---\n") and "# merged" in card and "Drift from the adapter on the original base" in card
     model, processor = load_model_for_inference(output, torch_dtype="float32")
     known = {processor.tokenizer.convert_tokens_to_ids(name) for name in ("<eos>", "<end_of_turn>")}
     assert set(model.generation_config.eos_token_id) == known
@@ -101,6 +104,24 @@ def test_terminators_are_added(adapter, tiny_gemma3_dir, processor, tmp_path) ->
     file.unlink()
     assert vlmtune("merge", adapter, tmp_path / "again", *options) == 0
     assert len(json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"]) == 2
+
+
+def test_check_serving(adapter, tiny_gemma3_dir, tmp_path, capsys) -> None:
+    merged = tmp_path / "merged"
+    assert vlmtune("merge", adapter, merged, "--samples", 1, "--max_new_tokens", 2, "--check_serving") == 0
+    text = capsys.readouterr().out
+    assert f"What other programs make of {merged}:\n  passed         the base's layout: " in text
+    assert "not checked    SGLang, Ollama" in text
+    # Of what is merged already, with its base elsewhere; a refusal is the command's.
+    assert vlmtune("merge", merged, "--check_serving") == 0
+    base = Path(shutil.copytree(tiny_gemma3_dir, tmp_path / "base"))
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"image_token_index": 7}))
+    assert vlmtune("merge", merged, "--check_serving", "--base_model", base) == 1
+    assert "Failed: the base's layout. The merged model was kept." in capsys.readouterr().out
+    assert merged.is_dir()
+    assert vlmtune("merge", adapter, "--check_serving") == 1
+    assert "vlmtune merge did not make it" in capsys.readouterr().err
 
 
 def test_on_given_data(adapter, image_folder, tmp_path, capsys) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 from vlmtune.batching.collator import SharedImageCollator, create_data_collator
 from vlmtune.data.loading import fingerprint, load_samples
 from vlmtune.errors import ConfigError, ModelError, NonFiniteError, OutputError, QuarantineError, ResumeError
+from vlmtune.evaluation.card import CARD, leave_card
 from vlmtune.models.families import FAMILIES
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.provenance import versions
@@ -61,11 +62,23 @@ def test_output_files(finished_run) -> None:
         "run.json",
         "log.jsonl",
         "left_out.jsonl",
+        "README.md",
         "checkpoint-2",
         "checkpoint-4",
     }
     assert not any(name.endswith((".bin", ".tmp")) for name in names)
     assert AutoProcessor.from_pretrained(finished_run.folder).chat_template
+
+
+def test_model_card(finished_run) -> None:
+    text = (finished_run.folder / CARD).read_text(encoding="utf-8")
+    assert "[More Information Needed]" not in text
+    assert "torch " in text and record(finished_run.folder)["data"]["train"]["fingerprint"] in text
+
+
+def test_a_card_that_cannot_be_written_loses_no_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    leave_card(tmp_path / "gone")
+    assert "no model card was written into" in caplog.text
 
 
 def test_record(finished_run, tiny_gemma3_dir: Path, caption_folder: Path, eval_folder: Path) -> None:

@@ -43,4 +43,10 @@ class MergeArguments(Checked):
         "model, 0.08 for a 16-bit one, whose rounding alone has some.",
     )
 
+    check_serving: bool = option(
+        False,
+        help="Then run the loaders and converters of other programs that are installed (gguf, llama.cpp's "
+        "convert_hf_to_gguf.py on PATH, vLLM), and fail where one of them refuses the model.",
+    )
+
     limits: ClassVar[Limits] = {"samples": AT_LEAST_ONE, "max_new_tokens": AT_LEAST_ONE, "tolerance": POSITIVE}

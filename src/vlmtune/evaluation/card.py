@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import yaml
 
-from vlmtune.evaluation.merging import MERGE_FILE
+from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.runner import SCORES
 from vlmtune.models.adapter_files import read_settings
 from vlmtune.models.checkpoint import is_adapter_dir
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_config
+from vlmtune.models.merge import MERGE_FILE
+
+logger = logging.getLogger("vlmtune.card")
 
 CARD = "README.md"
 MARK = "<!-- Written by vlmtune. Take this line out to keep your own changes. -->"
@@ -52,6 +56,14 @@ def write_card(folder: Path, evaluation: Path | None = None) -> bool:
     temporary.write_text(model_card(folder, evaluation), encoding="utf-8")
     temporary.replace(file)
     return True
+
+
+def leave_card(folder: Path) -> None:
+    """Write the card of what has just been made: where that fails, the model stays and the log says why."""
+    try:
+        write_card(folder)
+    except (VlmtuneError, OSError, ValueError) as error:
+        logger.warning("no model card was written into %s: %s", folder, error)
 
 
 def model_card(folder: Path, evaluation: Path | None = None) -> str:

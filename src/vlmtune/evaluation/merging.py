@@ -27,18 +27,19 @@ from vlmtune.config.merge import MergeArguments
 from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import AdapterError, ModelError, OutputError
+from vlmtune.evaluation.card import leave_card
 from vlmtune.evaluation.drawn import drawn_sample
 from vlmtune.evaluation.generation import AnswerGenerator, terminators
+from vlmtune.models.adapter_files import read_settings
 from vlmtune.models.checkpoint import adapter_base, is_adapter_dir, saved_quantization, saved_start
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_model_for_inference
-from vlmtune.models.merge import Merged, merge_weights, require_mergeable
+from vlmtune.models.merge import MERGE_FILE, Merged, merge_weights, require_mergeable
 from vlmtune.models.provenance import versions
 from vlmtune.models.quantization import get_quantization_config, get_torch_dtype
 
 logger = logging.getLogger("vlmtune.merge")
 
-MERGE_FILE = "vlmtune_merge.json"
 # Last positions of a conversation whose logits are compared.
 POSITIONS = 64
 # Largest drift. Rounding to 16 bits, and quantised kernels, leave some noise; a scale that is wrong by a tenth
@@ -143,6 +144,7 @@ def merge(args: MergeArguments) -> MergeResult:
         _write_record(place, args, str(base), merged, drifts)
         _require_free(output_dir)
         place.rename(output_dir)
+    leave_card(output_dir)
     return MergeResult(output_dir, len(merged.changed), str(merged.dtype).removeprefix("torch."), drifts)
 
 
@@ -323,6 +325,7 @@ def _temporary(output_dir: Path) -> Iterator[Path]:
 def _write_record(folder: Path, args: MergeArguments, base: str, merged: Merged, drifts: dict[str, Drift]) -> None:
     record = {
         "base_model": base,
+        "revision": read_settings(args.adapter).get("revision"),
         "adapter": str(args.adapter),
         "merged_onto": args.merge_onto,
         "changed_tensors": len(merged.changed),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -24,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from vlmtune.errors import AdapterError, ModelError
 from vlmtune.models.adapter_files import Layout, fitted_config, read_settings, read_weights
@@ -32,10 +30,12 @@ from vlmtune.models.checkpoint import load_adapter
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
 from vlmtune.models.loading import load_config
+from vlmtune.models.places import empty_model, find_places
 from vlmtune.models.quantization import unquantised_modules
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MERGE_FILE = "vlmtune_merge.json"
 COPY_AT_ONCE = 2**24
 # Kinds of LoRA whose effect is no sum of matrices.
 UNMERGEABLE = {
@@ -165,8 +165,7 @@ class _Plan:
         if kind != "LORA":
             raise AdapterError(f"The adapter {adapter} is of the kind {kind}; only LoRA adapters are merged here.")
         _require_mergeable(LoraConfig.from_pretrained(str(adapter)), adapter)
-        with torch.device("meta"):
-            self.model: Any = getattr(transformers, family.model_class)(config)
+        self.model: Any = empty_model(config, family)
         self.mapping = get_model_conversion_mapping(self.model)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -184,12 +183,7 @@ class _Plan:
 
     def bind(self, names: Iterable[str]) -> None:
         """Match the checkpoint's names with the model's, and refuse what would be lost."""
-        renamings = [one for one in self.mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in self.mapping if not isinstance(one, WeightRenaming)]
-        for name in names:
-            place, converted = rename_source_key(name, renamings, converters, self.model.base_model_prefix, self.shapes)
-            if converted is None:
-                self.places[name] = place
+        self.places = find_places(self.model, self.mapping, self.shapes, names)
         wanted = set(self._adapted())
         groups = {frozenset((one, other)) for one, other in self.tied.items()}
         for one, other in (sorted(group) for group in groups):

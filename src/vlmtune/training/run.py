@@ -19,6 +19,7 @@ from vlmtune.batching.sharing import describe_saving
 from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
 from vlmtune.data.loading import LoadedData, fingerprint, load_train_and_eval
 from vlmtune.errors import ConfigError
+from vlmtune.evaluation.card import leave_card
 from vlmtune.evaluation.defaults import default_metrics
 from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
@@ -289,6 +290,7 @@ def _train_and_save(
     if trainer.args.should_save:
         _write_log(output_dir, trainer.state.log_history)
         save_training_info(output_dir, metrics=metrics | {"training_seconds": round(seconds, 2)}, status="finished")
+        leave_card(output_dir)
         logger.info("saved to %s after %d steps in %.0f s", output_dir, trainer.state.global_step, seconds)
     return RunResult(output_dir, metrics, trainer.state.global_step, seconds, left_out)
 
