@@ -89,11 +89,14 @@ def test_the_converter_is_run_for_both_files(merged, tmp_path) -> None:
     assert pictures.endswith(" --dry-run --mmproj")
 
 
-def test_a_converter_that_refuses(merged, tmp_path) -> None:
-    _program(tmp_path / "bin", 'case "$*" in *--mmproj*) echo "ValueError: no such tower" >&2; exit 3;; esac')
+@pytest.mark.parametrize("refused", ["the merged model", "both"])
+def test_a_converter_that_refuses(refused, merged, tmp_path) -> None:
+    which = "*--mmproj*" if refused == "both" else f"*{merged}*--mmproj*"
+    _program(tmp_path / "bin", f'case "$*" in {which}) echo "ValueError: no such tower" >&2; exit 3;; esac')
     found = {name: said for name, said in _found(merged).items() if CONVERTER in name}
-    refused = ("failed", "it ended with code 3: ValueError: no such tower")
-    assert found.pop(f"llama.cpp's {CONVERTER} --mmproj") == refused
+    outcome, words = found.pop(f"llama.cpp's {CONVERTER} --mmproj")
+    assert outcome == "failed" and words.startswith("it ended with code 3: ValueError: no such tower")
+    assert words.endswith("(it refuses the base too)") == (refused == "both")
     assert [outcome for outcome, _ in found.values()] == ["passed"]
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,9 +61,8 @@ def check_serving(folder: str | Path, base: str | Path | None = None) -> list[Se
         record = json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} has no {MERGE_FILE} that can be read, so vlmtune merge did not make it.") from error
-    checks = [_layout(folder, checkpoint_folder(base or record["base_model"], revision=record.get("revision")))]
-    checks.append(_gguf(folder))
-    checks += _converter(folder)
+    origin = checkpoint_folder(base or record["base_model"], revision=record.get("revision"))
+    checks = [_layout(folder, origin), _gguf(folder), *_converter(folder, origin)]
     checks.append(_vllm(folder))
     return [*checks, ServeCheck("SGLang, Ollama", "not checked", "vlmtune runs neither")]
 
@@ -144,7 +143,7 @@ def _language_names(folder: Path, config: Any) -> Iterator[str]:
             yield place
 
 
-def _converter(folder: Path) -> list[ServeCheck]:
+def _converter(folder: Path, base: Path) -> list[ServeCheck]:
     program = shutil.which(CONVERTER)
     if program is None:
         return [ServeCheck(f"llama.cpp's {CONVERTER}, also with --mmproj", "not installed", "it is not on PATH")]
@@ -152,8 +151,11 @@ def _converter(folder: Path) -> list[ServeCheck]:
     with tempfile.TemporaryDirectory(prefix="vlmtune-gguf-") as scratch:
         for name, more in ((CONVERTER, []), (f"{CONVERTER} --mmproj", ["--mmproj"])):
             # A dry run maps every tensor and reads the vocabulary, and writes no second copy of the weights.
-            command = [program, str(folder), "--outfile", str(Path(scratch) / "model.gguf"), "--dry-run", *more]
-            checks.append(_run(f"llama.cpp's {name}", command, "a dry run; the file was not made"))
+            options = ["--outfile", str(Path(scratch) / "model.gguf"), "--dry-run", *more]
+            check = _run(f"llama.cpp's {name}", [program, str(folder), *options], "a dry run; the file was not made")
+            if check.outcome == "failed" and _run("", [program, str(base), *options], "").outcome == "failed":
+                check = replace(check, words=f"{check.words} (it refuses the base too)")
+            checks.append(check)
     return checks
 
 
