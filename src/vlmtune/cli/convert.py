@@ -18,7 +18,10 @@ OWN_OPTIONS = """\
       About how many megabytes a Parquet file or shard holds. [256]
 """
 # Options of training that say how data are read.
-SHARED = ("dataset_format", "image_dir", "prompt", "max_bad_fraction", "verify_images", "max_pixels")
+SHARED = (
+    *("dataset_format", "image_dir", "prompt", "max_bad_fraction", "verify_images", "max_pixels"),
+    *("allow_remote_images", "private_image_hosts"),
+)
 FLAGS = ("--to", "--output", "--split", "--images", "--shard_mb")
 
 
@@ -74,6 +77,8 @@ def convert(argv: list[str]) -> int:
         max_bad_fraction=options.max_bad_fraction,
         verify_images=options.verify_images,
         max_pixels=options.max_pixels,
+        allow_remote_images=options.allow_remote_images,
+        private_image_hosts=options.private_image_hosts or (),
         keep_images=given["--images"] == "keep",
         shard_mb=int(shard),
         progress=progress,

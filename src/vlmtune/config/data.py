@@ -75,6 +75,16 @@ class VLMDataArguments(Checked):
         None,
         help="Most pixels of an image file; a larger one is refused as a decompression bomb.",
     )
+    allow_remote_images: bool = option(
+        False,
+        help="Download images that rows name by http or https address into the user's cache folder before anything "
+        "else; by default such rows are set aside.",
+    )
+    private_image_hosts: list[str] | None = option(
+        None,
+        help="Hosts, as HOST or HOST:PORT, of this machine or its private network that images may be downloaded from; "
+        "by default none, so that data cannot reach into the network.",
+    )
     max_length: int | None = option(
         None, help="Most tokens of a sample, image tokens included; by default no limit. An image is never cut."
     )
@@ -122,6 +132,8 @@ class VLMDataArguments(Checked):
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each."""
         found = super().problems()
+        if self.private_image_hosts and not self.allow_remote_images:
+            found.append("private_image_hosts goes with allow_remote_images: true alone.")
         ways = [name for name in ("eval_split", "eval_dataset_path", "validation_fraction") if getattr(self, name)]
         if "validation_fraction" in ways and len(ways) > 1:
             found.append(

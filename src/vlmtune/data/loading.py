@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
-from vlmtune.data import images
+from vlmtune.data import images, remote
 from vlmtune.data.boxes import BOXES, METRICS
 from vlmtune.data.formats import FORMATS, Source
 from vlmtune.data.formats.rows import renaming
@@ -79,6 +79,8 @@ class DataOptions(Protocol):
     max_bad_fraction: float
     verify_images: images.Check
     max_pixels: int | None
+    allow_remote_images: bool
+    private_image_hosts: list[str] | None
 
 
 def load_samples(
@@ -92,6 +94,8 @@ def load_samples(
     max_bad_fraction: float = 0.01,
     verify_images: images.Check = "header",
     max_pixels: int | None = None,
+    allow_remote_images: bool = False,
+    private_image_hosts: Sequence[str] = (),
 ) -> LoadedData:
     """Read data in any known format.
 
@@ -105,6 +109,8 @@ def load_samples(
         max_bad_fraction: largest share of rows that may be set aside.
         verify_images: as :func:`vlmtune.data.images.check`.
         max_pixels: larger images are refused.
+        allow_remote_images: download images that rows name by web address; else such rows are set aside.
+        private_image_hosts: hosts of this machine or its private network that such addresses may lead to.
 
     Raises:
         DataError: nothing is there, the format is unknown, no sample is left, or too many rows are bad.
@@ -119,7 +125,8 @@ def load_samples(
     quarantine = Quarantine()
     placer = Placer(place, folder)
     store = Store()
-    store.add_all(placer.samples(chosen.load(source, quarantine), quarantine), quarantine)
+    local = remote.Downloader(private_image_hosts).samples if allow_remote_images else remote.refuse
+    store.add_all(local(placer.samples(chosen.load(source, quarantine), quarantine), quarantine), quarantine)
     dataset = store.dataset()
     total = len(dataset) + len(quarantine)
     if not total:
@@ -163,6 +170,8 @@ def _load(options: DataOptions, path: str, split: str | None) -> LoadedData:
         max_bad_fraction=options.max_bad_fraction,
         verify_images=options.verify_images,
         max_pixels=options.max_pixels,
+        allow_remote_images=options.allow_remote_images,
+        private_image_hosts=options.private_image_hosts or (),
     )
 
 

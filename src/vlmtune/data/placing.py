@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlmtune.data import archives
 from vlmtune.data.quarantine import Quarantine
+from vlmtune.data.remote import is_remote
 from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.errors import ImageError
 
@@ -52,7 +53,7 @@ class Placer:
                 yield sample if images == sample.images else replace(sample, images=images)
 
     def _place(self, path: str) -> ImageRef:
-        if archives.parse(path) is not None:
+        if is_remote(ImageRef(path)) or archives.parse(path) is not None:
             return ImageRef(path)
         archive = self._archive_of(path)
         if archive is not None:

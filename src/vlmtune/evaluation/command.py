@@ -233,6 +233,8 @@ def load_evaluation_data(data_args: VLMDataArguments) -> LoadedData:
         max_bad_fraction=data_args.max_bad_fraction,
         verify_images=data_args.verify_images,
         max_pixels=data_args.max_pixels,
+        allow_remote_images=data_args.allow_remote_images,
+        private_image_hosts=data_args.private_image_hosts or (),
     )
     return subset(data, data_args.max_eval_samples, data_args.split_seed)
 

@@ -14,6 +14,7 @@ from vlmtune.data.formats.files import RowError
 from vlmtune.data.formats.questions import question_sample
 from vlmtune.data.formats.rows import IMAGE_COLUMNS, listed_images, make_sample
 from vlmtune.data.images import EXTENSIONS, check
+from vlmtune.data.remote import is_remote
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import DataError, OutputError, VlmtuneError
 from vlmtune.evaluation.generation import Answer, AnswerGenerator
@@ -104,7 +105,10 @@ def _in_file(file: Path, prompt: str | None) -> Iterator[tuple[str, Sample | str
             row = json.loads(line)
             if isinstance(row, dict) and row.get("id") is not None:
                 name = str(row["id"])
-            yield name, _asked(row, name, file.parent, prompt)
+            sample = _asked(row, name, file.parent, prompt)
+            if (found := next(filter(is_remote, sample.images), None)) is not None:
+                raise RowError(f"the image {found.path} lies on the network; download it and name the file")
+            yield name, sample
         except (ValueError, RowError) as error:
             yield name, f"{file.name}, line {number}: {error}"
 

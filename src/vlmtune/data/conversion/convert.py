@@ -9,7 +9,7 @@ import json
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +53,8 @@ def convert(
     max_bad_fraction: float = 0.01,
     verify_images: images.Check = "full",
     max_pixels: int | None = None,
+    allow_remote_images: bool = False,
+    private_image_hosts: Sequence[str] = (),
     keep_images: bool = False,
     shard_mb: int = 256,
     progress: Callable[[str], Progress] | None = None,
@@ -70,6 +72,8 @@ def convert(
         max_bad_fraction: largest share of rows that may be left out.
         verify_images: how images are checked; ``full`` by default, so that none is written that cannot be decoded.
         max_pixels: larger images are left out.
+        allow_remote_images: as for :func:`vlmtune.data.loading.load_samples`.
+        private_image_hosts: as there.
         keep_images: with ``messages``, name the images where they lie instead of copying them.
         shard_mb: about how many megabytes a file of the other targets holds.
         progress: makes a progress display of a title.
@@ -93,6 +97,7 @@ def convert(
             data = load_samples(
                 path, format=chosen.name, split=name, image_dir=image_dir, prompt=prompt,
                 max_bad_fraction=max_bad_fraction, verify_images=verify_images, max_pixels=max_pixels,
+                allow_remote_images=allow_remote_images, private_image_hosts=private_image_hosts,
             )  # fmt: skip
             title = name or WHOLE
             found = counts[title] = _Split(len(data.dataset) + len(data.quarantine), 0, list(data.quarantine.rows))

@@ -339,7 +339,7 @@ def _image(item: Any, images: Path) -> ImageRef:
     except ValueError as error:
         raise RowError(f"the image {item[:80]!r} is neither a path nor an address ({error})") from error
     if scheme in ("http", "https"):
-        raise RowError(f"the image {item[:80]} lies on the network; download it and name the file")
+        return ImageRef(path=item)
     if scheme == "file":
         return ImageRef(path=unquote(urlsplit(item).path))
     if scheme == "data":
