@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow families check format bench pins hooks clean distclean
+.PHONY: help install demo test test-slow test-faults families audit licences check format bench pins hooks clean distclean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -30,6 +30,15 @@ families: $(VENV)/.installed-dev  ## prove every family anew, and write what is 
 	$(TEST_ENV) $(BIN)/python -m pytest -m proves tests/parity/test_families.py tests/invariants/test_sharing.py \
 		--write-proofs src/vlmtune/models/families/proved.json
 	$(BIN)/python scripts/write_families.py
+test-faults: $(VENV)/.installed-dev  ## kill, stop and starve real runs again and again (half an hour on one core)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) tests/faults $(ARGS)
+
+licences: $(VENV)/.installed-dev  ## check the licences of everything that vlmtune needs
+	$(BIN)/python scripts/licences.py
+
+audit: $(VENV)/.installed-dev  ## look for known weaknesses in what is pinned (asks PyPI's advisory service)
+	@$(BIN)/python -m pip install -q pip-audit
+	@$(BIN)/python scripts/audit.py
 
 check: $(VENV)/.installed-dev  ## style, types, import layers and file lengths
 	$(BIN)/ruff check .

@@ -187,7 +187,10 @@ def test_train_leaves_everything_that_is_needed_later(run: Path):
 
 def test_train_says_what_it_did_and_resumes(recipe: Path, run: Path, tmp_path: Path, capsys):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
-    assert vlmtune("train", recipe, "--output_dir", folder, "--max_steps", "3", "--resume") == 0
+    longer = ("train", recipe, "--output_dir", folder, "--max_steps", "3", "--resume")
+    assert vlmtune(*longer) == 1
+    assert "  - max_steps was 2 and is 3\n" in capsys.readouterr().err
+    assert vlmtune(*longer, "--force_resume") == 0
     said = capsys.readouterr()
     assert "Done: 3 steps" in said.out and f"vlmtune predict {folder} IMAGE" in said.out
     assert "trainable parameters" in said.err and (folder / "checkpoint-3").is_dir()
@@ -345,7 +348,7 @@ def test_an_adapter_of_another_model(run: Path, tiny_model, processor, flickr: P
 def test_an_output_directory_that_holds_another_run(recipe: Path, run: Path, refused):
     before = _files(run)
     said = refused(1, "train", recipe, "--output_dir", run)
-    assert f"{run} already holds another run" in said and "Choose another output_dir" in said
+    assert f"{run} already holds a finished run" in said and "Choose another output_dir" in said
     assert _files(run) == before
 
 

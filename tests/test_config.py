@@ -89,8 +89,15 @@ def test_bf16_is_never_chosen_where_fp16_or_the_cpu_was_asked_for():
     assert TrainingArguments(output_dir="out", use_cpu=True).bf16 is False
 
 
-def test_resume_means_the_latest_checkpoint():
-    assert TrainingArguments(output_dir="out", resume=True).resume_from_checkpoint == "true"
+@pytest.mark.parametrize(("given", "meant"), [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_resume_is_a_switch(given, meant):
+    assert TrainingArguments(output_dir="out", resume=given).resume == meant
+
+
+@pytest.mark.parametrize(("flags", "meant"), [([], "auto"), (["--resume"], "on"), (["--no_resume"], "off")])
+def test_the_flag_resume_needs_no_value(flags, meant):
+    needed = ["--model_name_or_path", "m", "--dataset_path", ".", "--output_dir", "out"]
+    assert parse_recipe([*needed, *flags]).training.resume == meant
 
 
 def test_training_arguments_can_be_copied():

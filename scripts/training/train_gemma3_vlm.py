@@ -43,7 +43,8 @@ from vlmtune.batching.scan import scan
 from vlmtune.data.loading import fingerprint, load_train_and_eval
 from vlmtune.errors import ConfigError
 from vlmtune.models.loading import load_config
-from vlmtune.training.output_dir import prepare_output_dir
+from vlmtune.training.output_dir import find_start
+from vlmtune.training.resume import recipe_differences, require_same
 
 logger = logging.getLogger("train_gemma3_vlm")
 
@@ -100,10 +101,13 @@ def main() -> None:
     """Load data and model, train, save."""
     model_args, data_args, training_args = read_arguments()
     output_dir = Path(training_args.output_dir)
-    # Refuses a folder that holds another run, and finds the checkpoint to resume from. Of several processes the first
-    # alone writes there.
-    writes, resume = training_args.should_save, training_args.resume_from_checkpoint
-    checkpoint = prepare_output_dir(output_dir, resume=resume) if writes or resume else None
+    # Refuses a folder that holds something else, and finds where an unfinished run of this recipe goes on.
+    arguments = {"model": model_args, "data": data_args, "training": training_args}
+    start = find_start(output_dir, resume=training_args.resume_from_checkpoint or training_args.resume)
+    if start.before is not None:
+        samples = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        changes = recipe_differences(start.before, arguments, samples * training_args.world_size)
+        require_same(changes, output_dir, force=training_args.force_resume)
     setup_training_environment(training_args.seed)
 
     origin = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
@@ -134,10 +138,10 @@ def main() -> None:
         world_size=training_args.world_size,
     )
     logger.info("%d samples an optimizer step", batch.effective_batch_size)
-    if writes:
+    if training_args.should_save:
         save_training_info(
             output_dir,
-            arguments={"model": model_args, "data": data_args, "training": training_args},
+            arguments=arguments,
             data={"training_samples": len(train_dataset), "fingerprint": fingerprint(train_dataset)},
             status="training",
         )
@@ -150,12 +154,12 @@ def main() -> None:
         data_collator=data_collator,
         processor=processor,
     )
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = trainer.train(resume_from_checkpoint=start.checkpoint)
     metrics = dict(result.metrics)
     if eval_dataset is not None:
         metrics |= trainer.evaluate()
 
-    if writes:
+    if training_args.should_save:
         save_model_and_processor(trainer.accelerator.unwrap_model(trainer.model), processor, output_dir)
         save_training_info(output_dir, metrics=metrics, status="finished")
         logger.info("saved to %s; try it: vlmtune predict %s IMAGE", output_dir, output_dir)

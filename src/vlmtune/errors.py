@@ -20,7 +20,8 @@ The command line prints them as one paragraph without a traceback (``--debug`` a
     ├── OutputError            an output directory that must not be written
     ├── TrainingError          a run that cannot go on
     │   ├── NonFiniteError     a loss or gradient that is NaN or infinite
-    │   └── ResumeError        a checkpoint that cannot be continued from
+    │   ├── ResumeError        a checkpoint that cannot be continued from
+    │   └── StoppedBySignal    a run that SIGTERM or SIGINT ended after its step, saved
     └── EvaluationError        predictions that cannot be scored
 """
 
@@ -96,6 +97,10 @@ class NonFiniteError(TrainingError):
 
 class ResumeError(TrainingError):
     """A checkpoint that training cannot continue from."""
+
+
+class StoppedBySignal(TrainingError):
+    """SIGTERM or SIGINT ended a run after its step; the same command goes on from there."""
 
 
 class EvaluationError(VlmtuneError):

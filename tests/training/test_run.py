@@ -21,9 +21,11 @@ from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.provenance import versions
 from vlmtune.models.sizing import count_parameters
 from vlmtune.training.callbacks import TowerAside
+from vlmtune.training.checkpoints import seal
 from vlmtune.training.image_reuse import shares_images
-from vlmtune.training.output_dir import prepare_output_dir
+from vlmtune.training.output_dir import Start, find_start
 from vlmtune.training.run import run_training
+from vlmtune.training.run_info import save_training_info
 from vlmtune.training.trainer import MemoryEfficientTrainer
 
 
@@ -156,8 +158,10 @@ def test_another_run_is_not_overwritten(finished_run, run_arguments, tmp_path: P
     folder = tmp_path / "run"
     shutil.copytree(finished_run.folder, folder)
     before = contents(folder)
-    with pytest.raises(OutputError, match=r"already holds another run, .*--resume_from_checkpoint true"):
+    with pytest.raises(OutputError, match="already holds a finished run"):
         run_training(*run_arguments(folder))
+    with pytest.raises(OutputError, match=r"already holds another run, .*--resume"):
+        run_training(*run_arguments(folder, resume="off"))
     assert contents(folder) == before
 
 
@@ -174,51 +178,53 @@ def test_resume_without_a_checkpoint(run_arguments, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("resume", [None, False, "", "false", "no"])
-def test_prepare_a_new_directory(resume, tmp_path: Path) -> None:
-    assert prepare_output_dir(tmp_path / "a" / "b", resume=resume) is None
+@pytest.mark.parametrize("resume", [None, False, "", "false", "off", "auto"])
+def test_a_new_directory(resume, tmp_path: Path) -> None:
+    assert find_start(tmp_path / "a" / "b", resume=resume) == Start()
     assert (tmp_path / "a" / "b").is_dir()
-    assert prepare_output_dir(tmp_path / "a" / "b", resume=resume) is None
+    assert find_start(tmp_path / "a" / "b", resume=resume) == Start()
 
 
-def test_prepare_where_nothing_can_be_made(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be made"):
-        prepare_output_dir(tmp_path / "file" / "run")
+        find_start(tmp_path / "file" / "run")
     with pytest.raises(OutputError, match="cannot be made"):
-        prepare_output_dir(tmp_path / "file")
+        find_start(tmp_path / "file")
 
 
 def finished_checkpoint(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").touch()
+    seal(folder)
     return folder
 
 
-@pytest.mark.parametrize("resume", [True, "true", "True", "yes", "auto"])
-def test_prepare_finds_the_latest_checkpoint(resume, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [True, "true", "on", "auto"])
+def test_the_latest_checkpoint_is_found(resume, tmp_path: Path) -> None:
+    save_training_info(tmp_path, status="training")
     for step in (2, 10, 9):
         finished_checkpoint(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11").mkdir()
     finished_checkpoint(tmp_path / "checkpoint-best")
-    assert prepare_output_dir(tmp_path, resume=resume) == tmp_path / "checkpoint-10"
+    assert find_start(tmp_path, resume=resume).checkpoint == tmp_path / "checkpoint-10"
 
 
-def test_prepare_with_a_named_checkpoint(tmp_path: Path) -> None:
+def test_a_named_checkpoint(tmp_path: Path) -> None:
     own = finished_checkpoint(tmp_path / "run" / "checkpoint-2")
-    assert prepare_output_dir(tmp_path / "run", resume=str(own)) == own
-    with pytest.raises(ResumeError, match="not a finished checkpoint"):
-        prepare_output_dir(tmp_path / "run", resume=str(tmp_path))
+    assert find_start(tmp_path / "run", resume=str(own)) == Start(own)
+    with pytest.raises(ResumeError, match="not written to its end"):
+        find_start(tmp_path / "run", resume=str(tmp_path))
 
 
-def test_prepare_to_go_on_elsewhere(tmp_path: Path) -> None:
+def test_going_on_elsewhere(tmp_path: Path) -> None:
     """Another run's checkpoint may be continued in a new directory, but not over a third run."""
     other = finished_checkpoint(tmp_path / "other" / "checkpoint-2")
-    assert prepare_output_dir(tmp_path / "new", resume=str(other)) == other
+    assert find_start(tmp_path / "new", resume=str(other)) == Start(other)
     assert (tmp_path / "new").is_dir()
     finished_checkpoint(tmp_path / "third" / "checkpoint-1")
     with pytest.raises(OutputError, match="already holds"):
-        prepare_output_dir(tmp_path / "third", resume=str(other))
+        find_start(tmp_path / "third", resume=str(other))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from vlmtune.config import TrainingArguments
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
 from vlmtune.training import throughput as throughput_module
 from vlmtune.training import trainer as trainer_module
-from vlmtune.training.output_dir import latest_checkpoint
+from vlmtune.training.checkpoints import latest_checkpoint, seal
 from vlmtune.training.trainer import create_trainer
 
 
@@ -252,7 +252,7 @@ def test_latest_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "absent") is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").touch()
+        seal(tmp_path / name)
     (tmp_path / "checkpoint-11").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 

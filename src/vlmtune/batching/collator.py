@@ -14,6 +14,7 @@ import torch
 from vlmtune.batching.encode import EncodedSample, Encoder, TooLong
 from vlmtune.batching.sampler import FILLER
 from vlmtune.batching.sharing import collate_rows, group_samples, pack_rows
+from vlmtune.data.images import TIMEOUT
 from vlmtune.data.sample import Sample
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Family
@@ -41,6 +42,7 @@ class BaseVLMDataCollator:
         on_too_long: ``error``, ``drop`` (an error here too: rows are dropped before training, where it is
             counted) or ``truncate_text``.
         max_pixels: pixel budget of the image decoder.
+        image_timeout: seconds that an image may take to be read and decoded.
         pad_to_multiple_of: round L up to a multiple, for tensor cores.
         return_sample_ids: add ``sample_ids`` (a list of strings) for the trainer's messages; a plain
             ``transformers.Trainer`` would hand it to the model.
@@ -55,13 +57,19 @@ class BaseVLMDataCollator:
         max_length: int | None = None,
         on_too_long: TooLong = "error",
         max_pixels: int | None = None,
+        image_timeout: float = TIMEOUT,
         pad_to_multiple_of: int | None = None,
         return_sample_ids: bool = False,
     ) -> None:
         self.processor = processor
         self.family = get_family(family)
         self.encoder = Encoder(
-            processor, self.family, max_length=max_length, on_too_long=on_too_long, max_pixels=max_pixels
+            processor,
+            self.family,
+            max_length=max_length,
+            on_too_long=on_too_long,
+            max_pixels=max_pixels,
+            image_timeout=image_timeout,
         )
         self.conversation_formatter = conversation_formatter
         self.pad_to_multiple_of = pad_to_multiple_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlmtune.data.boxes import BOXES
-from vlmtune.data.images import content_hash, decode, upright_size
+from vlmtune.data.images import TIMEOUT, content_hash, decode, upright_size
 from vlmtune.data.sample import Message, Sample
 from vlmtune.errors import EncodingError, NothingSupervisedError, TooLongError
 from vlmtune.models.boxes import tell, understand
@@ -63,6 +63,7 @@ class Encoder:
         on_too_long: what happens above it: ``error``; ``drop`` (the caller leaves the sample out and counts
             it); ``truncate_text`` (text is cut from the end, images never are).
         max_pixels: pixel budget of the image decoder.
+        image_timeout: seconds that an image may take to be read and decoded.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class Encoder:
         max_length: int | None = None,
         on_too_long: TooLong = "error",
         max_pixels: int | None = None,
+        image_timeout: float = TIMEOUT,
     ) -> None:
+        self.image_timeout = image_timeout
         self.processor = processor
         self.family = family
         self.max_length = max_length
@@ -146,7 +149,7 @@ class Encoder:
             ImageError: an image cannot be decoded.
             EncodingError: the family takes no image of such a size.
         """
-        pictures = [decode(image, max_pixels=self.max_pixels) for image in sample.images]
+        pictures = [decode(image, max_pixels=self.max_pixels, timeout=self.image_timeout) for image in sample.images]
         if not self.family.generic:
             self._taken(sample, self.family.layout, [(picture.height, picture.width) for picture in pictures])
         options = {**self.family.image_options(self.processor), "return_tensors": "pt"}

@@ -98,6 +98,12 @@ class ImageGroupSampler(Sampler[list[int]]):
         """Choose the order of the epoch to come."""
         self.epoch = epoch
 
+    def set_batches(self, batch_size: int, accumulation: int) -> None:
+        """Share the same steps out over more and smaller batches, or fewer and larger ones."""
+        assert batch_size * accumulation == self.batch_size * self.accumulation, "the steps would be others"
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.batches_per_step = self.world_size * accumulation
+
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's batches of row indices."""
         for step in self.step_batches():

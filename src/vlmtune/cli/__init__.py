@@ -1,6 +1,7 @@
 """The command line: a file a command, wiring only.
 
-Exit codes: 0 done, 1 a failure while working (data, model, training), 2 a mistake in options or recipe.
+Exit codes: 0 done, 1 a failure while working (data, model, training), 2 a mistake in options or recipe, 75 a training
+that SIGTERM or SIGINT ended after its step, saved (the same command goes on), 130 or 143 ended at once by those.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from vlmtune.cli.push import push
 from vlmtune.cli.report import report
 from vlmtune.cli.serve import serve
 from vlmtune.cli.train import train
-from vlmtune.errors import ConfigError, VlmtuneError, nearest
+from vlmtune.config.secrets import redact
+from vlmtune.errors import ConfigError, StoppedBySignal, VlmtuneError, nearest
+
+# EX_TEMPFAIL of sysexits.h: try again.
+SAVED_AND_STOPPED = 75
 
 OVERVIEW = """\
 vlmtune fine-tunes vision-language models on your own images, and says whether it worked.
@@ -104,11 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         set_up_output()
         return command(arguments[1:])
+    except StoppedBySignal as error:
+        if not leave_reason(error):
+            print(f"stopped: {error}", file=sys.stderr)
+        return SAVED_AND_STOPPED
     except VlmtuneError as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         if not leave_reason(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(redact(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:
         # The reader, such as `head`, has gone; Python would complain once more while it exits.

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from vlmtune.config.secrets import RedactingFormatter
 from vlmtune.errors import ConfigError, nearest
 
 logger = logging.getLogger("vlmtune")
@@ -105,7 +106,7 @@ class _BesideBars(logging.Handler):
 def set_up_output() -> None:
     """Log our lines to the terminal; keep libraries to errors, and their bars to terminals."""
     handler = _BesideBars()
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("vlmtune")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)

@@ -22,6 +22,7 @@ from typing import Any
 
 from vlmtune.cli.common import recipe_and_flags
 from vlmtune.config.devices import DeviceOptions
+from vlmtune.config.secrets import redact
 from vlmtune.errors import ConfigError, VlmtuneError
 
 logger = logging.getLogger("vlmtune.launch")
@@ -213,7 +214,7 @@ def _say_why(failures: Mapping[int, Any], processes: int) -> int:
     if told.get("known") and len(alike) < processes:
         message += f" (Rank {number} of {processes} found it, and the others were ended.)"
     elif not told.get("known"):
-        message += " The others were ended. Go on from the last checkpoint by --resume."
+        message += " The others were ended. Go on from the last checkpoint by the same command."
     print(f"error: {message}", file=sys.stderr)
     return code if code > 0 else 128 - code
 
@@ -238,8 +239,8 @@ def leave_reason(error: BaseException) -> bool:
     if not file:
         return False
     moment = time.time()
-    text = str(error) if isinstance(error, VlmtuneError) else f"{type(error).__name__}: {error}"
-    stack = traceback.format_exc()
+    text = redact(str(error) if isinstance(error, VlmtuneError) else f"{type(error).__name__}: {error}")
+    stack = redact(traceback.format_exc())
     told = {"text": text, "known": isinstance(error, VlmtuneError), "moment": moment, "traceback": stack}
     # The layout that torch's launcher reads.
     extra = {"py_callstack": stack, "timestamp": str(int(moment))}

@@ -59,7 +59,8 @@ def convert(value: Raw, annotation: Any) -> Any:
 
 def is_bool(annotation: Any) -> bool:
     """Whether an option is a switch, whose flag needs no value."""
-    return bool in union_members(annotation) and str not in union_members(annotation)
+    members = union_members(annotation)
+    return (bool in members and str not in members) or "on" in literal_choices(annotation)
 
 
 def is_list(annotation: Any) -> bool:

@@ -85,6 +85,9 @@ class VLMDataArguments(Checked):
         help="Hosts, as HOST or HOST:PORT, of this machine or its private network that images may be downloaded from; "
         "by default none, so that data cannot reach into the network.",
     )
+    image_timeout: float = option(
+        60.0, help="Seconds that reading and decoding one image may take; a slower one is an error that names it."
+    )
     max_length: int | None = option(
         None, help="Most tokens of a sample, image tokens included; by default no limit. An image is never cut."
     )
@@ -123,6 +126,7 @@ class VLMDataArguments(Checked):
         "split_seed": AT_LEAST_ZERO,
         "max_bad_fraction": FRACTION,
         "max_pixels": AT_LEAST_ONE,
+        "image_timeout": POSITIVE,
         "max_length": AT_LEAST_ONE,
         "max_texts_per_row": AT_LEAST_ONE,
         "max_tokens_per_row": AT_LEAST_ONE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -12,6 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmtune.config.devices import fsdp_settings, split_batch, zero_settings
 from vlmtune.config.options import OptionsError, limit_problems, raise_problems
+from vlmtune.config.secrets import SECRET_NAME, keep_secret
 from vlmtune.config.training_options import TrainingOptions
 
 
@@ -31,9 +33,13 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         """Choose what is left to the hardware, then check as the base class does."""
+        # As in Python; a recipe's true and false are read as on and off.
+        switches: dict[Any, Any] = {True: "on", False: "off"}
+        self.resume = switches.get(self.resume, self.resume)
+        for name, value in vars(self).items():
+            if SECRET_NAME.search(name) and isinstance(value, str):
+                keep_secret(value)
         raise_problems(self.problems())
-        if self.resume:
-            self.resume_from_checkpoint = self.resume_from_checkpoint or "true"
         world_size = int(os.environ.get("WORLD_SIZE") or 1)
         if world_size > 1 and not torch.accelerator.is_available():
             # Without an accelerator it must be told, or every process takes itself for the only one.

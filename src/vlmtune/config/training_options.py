@@ -28,8 +28,8 @@ class TrainingOptions(DeviceOptions):
 
     output_dir: str | None = option(
         None,
-        help="Folder for the adapter or model, its checkpoints, records and log. It must be absent or empty, unless "
-        "the run in it is resumed.",
+        help="Folder for the adapter or model, its checkpoints, records and log. It must be absent or empty, or hold "
+        "this run, unfinished.",
     )
     num_train_epochs: float = option(1.0, help="Passes over the training data; fractions work.")
     max_steps: int = option(-1, help="Stop after this many optimizer steps; overrides num_train_epochs when positive.")
@@ -116,9 +116,29 @@ class TrainingOptions(DeviceOptions):
     load_best_model_at_end: bool = option(
         False, help="Finish with the best checkpoint, by metric_for_best_model, instead of the last one."
     )
-    resume: bool = option(False, help="Go on with the run in output_dir from its latest checkpoint.")
+    resume: Literal["auto", "on", "off"] = option(
+        "auto",
+        help="Go on with the unfinished run in output_dir from its last whole checkpoint. auto does so where recipe "
+        "and data are the same, and begins where output_dir is empty; on makes it an error where there is nothing to "
+        "go on from.",
+    )
     resume_from_checkpoint: str | None = option(
-        None, help="Go on from this checkpoint-N folder; true means the latest in output_dir."
+        None, help="Go on from this checkpoint-N folder; true means the last one in output_dir."
+    )
+    force_resume: bool = option(
+        False, help="Go on although the recipe, the data or the model has changed since the run began."
+    )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        help="What a loss or gradient that is NaN or infinite does: stop the run, or leave out that step and count it.",
+    )
+    on_oom: Literal["shrink", "stop"] = option(
+        "shrink",
+        help="What running out of memory does: halve the device's batch, double the batches of a step and do the step "
+        "again, or stop the run.",
+    )
+    stall_seconds: float = option(
+        600.0, help="Log what every thread is doing when no step has ended for this long; 0 turns that off."
     )
     logging_steps: float = option(10, help="Steps between log lines; a number below 1 is a share of all steps.")
     logging_first_step: bool = option(True, help="Log the first step too, so that a wrong start is seen at once.")
@@ -157,5 +177,6 @@ class TrainingOptions(DeviceOptions):
         "save_steps": POSITIVE,
         "save_total_limit": AT_LEAST_ONE,
         "logging_steps": POSITIVE,
+        "stall_seconds": AT_LEAST_ZERO,
         "dataloader_num_workers": Limit(low=-1),
     }

@@ -10,8 +10,10 @@ import io
 import struct
 import threading
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -22,9 +24,12 @@ from vlmtune.errors import ImageError
 
 # Twice Pillow's warning threshold, where Pillow itself refuses: 179 megapixels, 0.5 GiB as RGB.
 DEFAULT_MAX_PIXELS = 178_956_970
+# Seconds; a large photo on a slow network disk takes some.
+TIMEOUT = 60.0
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 Check = Literal["off", "header", "full"]
+T = TypeVar("T")
 
 # What Pillow raises on damaged files, by format and place of the damage.
 _DAMAGE = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, struct.error, zlib.error)
@@ -41,7 +46,7 @@ _TURNS = {
 _QUARTER_TURNS = (5, 6, 7, 8)
 
 
-def decode(image: ImageRef, *, max_pixels: int | None = None) -> Image.Image:
+def decode(image: ImageRef, *, max_pixels: int | None = None, timeout: float = TIMEOUT) -> Image.Image:
     """Return the image upright, in RGB, at full resolution.
 
     EXIF orientation is applied; transparency is laid on white; 16-bit and floating-point grey is scaled to 8 bits;
@@ -50,10 +55,15 @@ def decode(image: ImageRef, *, max_pixels: int | None = None) -> Image.Image:
     Args:
         image: a file or bytes.
         max_pixels: an image of more pixels is refused before it is decoded.
+        timeout: seconds that reading and decoding may take.
 
     Raises:
-        ImageError: missing, empty, not an image, cut short, or too large; the message begins with its name.
+        ImageError: missing, empty, not an image, cut short, too large, or too slow; the message begins with its name.
     """
+    return _within(timeout, image, partial(_decode, image, max_pixels))
+
+
+def _decode(image: ImageRef, max_pixels: int | None) -> Image.Image:
     with _open(image, max_pixels) as opened:
         try:
             opened.load()
@@ -62,19 +72,49 @@ def decode(image: ImageRef, *, max_pixels: int | None = None) -> Image.Image:
             raise ImageError(f"{image.name} cannot be decoded: {_reason(error)}. Replace the file.") from error
 
 
-def check(image: ImageRef, how: Check = "header", *, max_pixels: int | None = None) -> str | None:
+def _within(seconds: float, image: ImageRef, action: Callable[[], T]) -> T:
+    """Do something with an image in a thread of its own, which is left behind when it takes too long.
+
+    Nothing else ends a decoder that hangs: it is C code, or a read from a disk that does not answer.
+    """
+    outcome: list[tuple[T | None, BaseException | None]] = []
+
+    def act() -> None:
+        try:
+            outcome.append((action(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=act, name=f"decoding {image.name}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise ImageError(
+            f"{image.name} could not be read and decoded within {seconds:g} s: its file or its disk hangs. Replace it, "
+            "or raise image_timeout if the disk is that slow."
+        )
+    found, error = outcome[0]
+    if error is not None:
+        raise error
+    return cast(T, found)
+
+
+def check(
+    image: ImageRef, how: Check = "header", *, max_pixels: int | None = None, timeout: float = TIMEOUT
+) -> str | None:
     """Return what is wrong with an image, in words, or ``None``.
 
     Args:
         image: a file or bytes.
         how: ``off`` looks whether the file exists, ``header`` reads its format and size, ``full`` decodes it.
         max_pixels: as in :func:`decode`.
+        timeout: as in :func:`decode`.
     """
     try:
         if how == "full":
-            decode(image, max_pixels=max_pixels)
+            decode(image, max_pixels=max_pixels, timeout=timeout)
         elif how == "header":
-            _open(image, max_pixels).close()
+            _within(timeout, image, lambda: _open(image, max_pixels).close())
         elif image.path is not None and image.bytes is None:
             _require_place(image.path)
     except ImageError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from vlmtune.data.images import decode
 from vlmtune.training.answer_scores import Answered
+from vlmtune.training.trackers import without_failing
 
 SHOWN = 4
 SIDE = 320
@@ -26,9 +28,9 @@ def show_answers(callbacks: Iterable[Any], answered: Sequence[Answered], step: i
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            _to_tensorboard(callback.tb_writer, answered[:SHOWN], step)
+            without_failing(callback, partial(_to_tensorboard, callback.tb_writer, answered[:SHOWN], step))
         elif isinstance(callback, WandbCallback) and callback._wandb is not None:
-            _to_wandb(callback._wandb, answered[:SHOWN], step)
+            without_failing(callback, partial(_to_wandb, callback._wandb, answered[:SHOWN], step))
 
 
 def _to_tensorboard(writer: Any, answered: Sequence[Answered], step: int) -> None:

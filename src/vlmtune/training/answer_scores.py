@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,9 @@ class AnswerScorer:
         max_seconds: begin no further batch of answers after this time; ``None`` answers all.
         max_pixels: pixel limit of an image.
 
+    Attributes:
+        between: called before each batch of answers; what it raises ends the scoring.
+
     Raises:
         EvaluationError: no row has references.
         ConfigError: a metric is unknown, or cannot be scored during training.
@@ -73,6 +76,7 @@ class AnswerScorer:
         self.samples = random.Random(seed).sample(samples, min(count, len(samples)))
         self.processor, self.options = processor, options
         self.max_seconds, self.max_pixels = max_seconds, max_pixels
+        self.between: Callable[[], None] = lambda: None
 
     def __call__(self, model: Any, *, rank: int = 0, world_size: int = 1) -> tuple[dict[str, float], list[Answered]]:
         """Answer and score.
@@ -94,6 +98,7 @@ class AnswerScorer:
         for start in range(0, len(mine), size):
             if start and self.max_seconds is not None and time.perf_counter() - started >= self.max_seconds:
                 break
+            self.between()
             block = mine[start : start + size]
             answers = generator([sample for _, sample in block])
             found += [(place, answer.text) for (place, _), answer in zip(block, answers, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
 from vlmtune.models.checkpoint import save_model_and_processor
+from vlmtune.training.checkpoints import write_atomically
 
 logger = logging.getLogger("vlmtune.training")
 
@@ -107,3 +109,23 @@ class LoggingCallback(ProgressCallback):
                 parts += [f"{name} {value:.4f}" for name, value in scores.items() if name not in timing]
                 parts.append(f"{logs['eval_answers']} answers in {logs['eval_answer_seconds']:.1f} s")
             logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(parts))
+
+
+class LogFile(TrainerCallback):
+    """Brings ``log.jsonl`` up to date with each checkpoint, so that a run that is killed leaves its log.
+
+    Args:
+        output_dir: the run's.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the log of all steps so far."""
+        write_log(self.output_dir, state.log_history)
+
+
+def write_log(output_dir: Path, history: list[dict[str, Any]]) -> None:
+    """Write ``log.jsonl``, a line for each logged step."""
+    write_atomically(output_dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))

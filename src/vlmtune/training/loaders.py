@@ -1,15 +1,26 @@
-"""The loader of batches that a sampler has dealt to this rank."""
+"""The loader of batches that a sampler has dealt to this rank, and what replaces its processes when one is killed."""
 
 from __future__ import annotations
 
-from functools import partial
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from accelerate.data_loader import prepare_data_loader
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling as torch_signals
 from transformers.trainer_utils import seed_worker
 
 from vlmtune.batching.sampler import ImageGroupSampler, WithFillers
+from vlmtune.errors import TrainingError
+
+logger = logging.getLogger("vlmtune.training")
+
+# Of data loading processes, with no batch between one loss and the next.
+REPLACEMENTS = 3
 
 
 def batch_loader(
@@ -24,6 +35,7 @@ def batch_loader(
         args: ``TrainingArguments``.
         accelerator: the trainer's.
     """
+    calm_worker_deaths()
     loader: DataLoader[dict[str, Any]] = DataLoader(
         WithFillers(rows),
         batch_sampler=sampler,
@@ -32,10 +44,90 @@ def batch_loader(
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        worker_init_fn=_Worker(args.dataloader_num_workers, args.process_index),
     )
     # The sampler knows its rank; accelerate must not deal its batches out a second time.
     prepared: DataLoader[dict[str, Any]] = prepare_data_loader(
         loader, device=accelerator.device, num_processes=1, process_index=0, put_on_device=accelerator.device_placement
     )
     return prepared
+
+
+class SteadyBatches(Iterator[Any]):
+    """An epoch's batches that go on where they were when a process that loads them was killed.
+
+    Args:
+        batches: of the whole epoch.
+        again: gives the epoch's batches from a number on.
+        given: batches of the epoch that ``batches`` leaves out at its beginning.
+    """
+
+    def __init__(self, batches: Iterator[Any], again: Callable[[int], Iterator[Any]], given: int = 0) -> None:
+        self.batches, self.again, self.given = batches, again, given
+        self.replaced = 0
+
+    def __next__(self) -> Any:
+        while True:
+            try:
+                # Starting a loader draws a random number; after a fault that must not change what follows.
+                with kept_random_state() if self.replaced else nullcontext():
+                    batch = next(self.batches)
+            except RuntimeError as error:
+                if not worker_died(error):
+                    raise
+                self._replace(error)
+                continue
+            self.given, self.replaced = self.given + 1, 0
+            return batch
+
+    def _replace(self, error: RuntimeError) -> None:
+        if self.replaced == REPLACEMENTS:
+            raise TrainingError(
+                f"The processes that load data were killed {REPLACEMENTS + 1} times in a row ({error}). Most often the "
+                "system's memory is full: lower dataloader_num_workers (0 loads in the training process itself)."
+            ) from error
+        self.replaced += 1
+        logger.warning("a data loading process was killed; others load its batches again, none is lost (%s)", error)
+        self.batches = self.again(self.given)
+
+
+def batches_from(loader: Any, epoch: int, given: int) -> Iterator[Any]:
+    """Return the batches of an epoch after the first ``given``, as transformers' trainer does after resuming."""
+    loader = skip_first_batches(loader, given) if given else loader
+    loader.set_epoch(epoch)
+    sampler: Any = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return iter(loader)
+
+
+def kept_random_state() -> AbstractContextManager[None]:
+    """Leave PyTorch's random numbers after the block as they were before it."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)
+
+
+def worker_died(error: BaseException) -> bool:
+    """Whether PyTorch's loader says by ``error`` that one of its processes is gone."""
+    return "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by" in str(error))
+
+
+class _Worker:
+    """Sets up a process that loads data."""
+
+    def __init__(self, num_workers: int, rank: int) -> None:
+        self.num_workers, self.rank = num_workers, rank
+
+    def __call__(self, worker: int) -> None:
+        # Ctrl-C goes to every process of the terminal; the training process decides what happens.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        seed_worker(worker, num_workers=self.num_workers, rank=self.rank)
+
+
+def calm_worker_deaths() -> None:
+    """Have a killed process found when its batch is asked for.
+
+    PyTorch would raise from a signal handler, wherever the training process then is: in the midst of changing
+    weights, or of writing a checkpoint.
+    """
+    torch_signals._SIGCHLD_handler_set = True

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback
 
 from vlmtune.batching.collator import BaseVLMDataCollator, SharedImageCollator
@@ -17,7 +17,8 @@ from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.batching.scan import Scan, scan
 from vlmtune.batching.sharing import describe_saving
 from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
-from vlmtune.data.loading import LoadedData, fingerprint, load_train_and_eval
+from vlmtune.config.secrets import redact
+from vlmtune.data.loading import LoadedData, load_train_and_eval
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation.card import leave_card
 from vlmtune.evaluation.defaults import default_metrics
@@ -25,12 +26,14 @@ from vlmtune.models.families import get_family
 from vlmtune.models.features import FeatureCache
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
-from vlmtune.models.provenance import base_model
+from vlmtune.models.provenance import base_fingerprint, base_model
 from vlmtune.models.quantization import get_torch_dtype, quantization_of
 from vlmtune.models.serving import SERVERS, training_limits
 from vlmtune.models.sizing import count_parameters, format_parameter_table
 from vlmtune.training.answer_scores import AnswerScorer, choose_best_by
-from vlmtune.training.callbacks import TowerAside
+from vlmtune.training.callbacks import LogFile, TowerAside, write_log
+from vlmtune.training.checkpoints import step_of, writing_files
+from vlmtune.training.data_record import describe_data, quarantined, record_left_out
 from vlmtune.training.device_batch import DeviceBatch
 from vlmtune.training.environment import setup_training_environment
 from vlmtune.training.image_reuse import (
@@ -39,11 +42,13 @@ from vlmtune.training.image_reuse import (
     shares_images,
     with_image_keys,
 )
-from vlmtune.training.output_dir import prepare_output_dir
+from vlmtune.training.lock import only_run
+from vlmtune.training.output_dir import FINISHED, Start, find_start
 from vlmtune.training.parameter_groups import as_text, record, require_trained
 from vlmtune.training.probe import require_trainable
 from vlmtune.training.ranks import fill_between_ranks
-from vlmtune.training.run_info import save_training_info
+from vlmtune.training.resume import data_differences, interruptions, note_versions, recipe_differences, require_same
+from vlmtune.training.run_info import plain, save_training_info
 from vlmtune.training.sharding import check_strategy
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
 
@@ -93,10 +98,31 @@ def run_training(
         VlmtuneError: whatever cannot go on, named; nothing is overwritten.
     """
     output_dir = Path(str(training_args.output_dir))
-    # One process writes the records; the others would find its files in the directory and take them for a run's.
-    writes, resume = training_args.should_save, training_args.resume_from_checkpoint
-    checkpoint = prepare_output_dir(output_dir, resume=resume) if writes or resume else None
+    with only_run(output_dir) if training_args.should_save else nullcontext():
+        return _run(model_args, data_args, training_args, evaluation_args, output_dir, progress)
+
+
+def _run(
+    model_args: ModelWithLoRAArguments,
+    data_args: VLMDataArguments,
+    training_args: TrainingArguments,
+    evaluation_args: EvaluationArguments | None,
+    output_dir: Path,
+    progress: Progress | None,
+) -> RunResult:
+    writes = training_args.should_save
     check_strategy(training_args, model_args)
+    arguments = {"model": model_args, "data": data_args, "training": training_args}
+    samples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps
+    samples_per_step *= training_args.world_size
+    start = _find_start(output_dir, training_args)
+    changes: list[str] = []
+    if start.before is not None:
+        changes = recipe_differences(start.before, arguments, samples_per_step)
+        require_same(changes, output_dir, force=training_args.force_resume)
+        note_versions(start.before)
+    # As they were given: what follows adapts some of them.
+    given = {name: plain(value) for name, value in arguments.items()}
     setup_training_environment(training_args.seed)
 
     origin: dict[str, Any] = {
@@ -120,6 +146,7 @@ def run_training(
         max_length=data_args.max_length,
         on_too_long=data_args.on_too_long,
         max_pixels=data_args.max_pixels,
+        image_timeout=data_args.image_timeout,
         **(limits if share else {}),
     )
     train_set, train_scan = _usable(train_data, collator, data_args, "training")
@@ -130,9 +157,9 @@ def run_training(
     scorer = _answer_scorer(eval_data, eval_set, processor, data_args, training_args, evaluation_args)
     choose_best_by(training_args, list(scorer.metrics) if scorer else [])
     patience = training_args.early_stopping_patience
-    left_out = [*_quarantined(train_data), *train_scan.left_out]
+    left_out = [*quarantined(train_data), *train_scan.left_out]
     if eval_data is not None and eval_scan is not None:
-        left_out = list(dict.fromkeys([*left_out, *_quarantined(eval_data), *eval_scan.left_out]))
+        left_out = list(dict.fromkeys([*left_out, *quarantined(eval_data), *eval_scan.left_out]))
 
     model = load_model_for_training(
         model_args.model_name_or_path,
@@ -152,6 +179,18 @@ def run_training(
             " and ".join(unserved),
         )
     parameters, parts = count_parameters(model), record(model, training_args)
+    model_record = {
+        "name": model_args.model_name_or_path,
+        "family": family.name,
+        "parameters": parameters,
+        "parts": parts,
+        "fingerprint": base_fingerprint(model),
+    }
+    data_record = describe_data(train_data, train_scan, eval_data, eval_scan)
+    if start.before is not None:
+        found = data_differences(start.before, data_record, model_record)
+        require_same(found, output_dir, force=training_args.force_resume)
+        changes += found
     logger.info("trainable parameters:\n%s\n%s", format_parameter_table(parameters), as_text(parts))
     trainer = create_trainer(
         model=model,
@@ -175,20 +214,18 @@ def run_training(
         ).choose()
     # Written last, so that a run that cannot begin leaves an empty directory and can be started again.
     if writes:
-        _record_left_out(output_dir, left_out)
+        record_left_out(output_dir, left_out)
+        step = step_of(start.checkpoint) if start.checkpoint else 0
         save_training_info(
             output_dir,
-            arguments={"model": model_args, "data": data_args, "training": training_args},
-            data=_data_record(train_data, train_scan, eval_data, eval_scan),
-            model={
-                "name": model_args.model_name_or_path,
-                "family": family.name,
-                "parameters": parameters,
-                "parts": parts,
-            },
+            arguments=given,
+            data=data_record,
+            model=model_record,
+            samples_per_step=samples_per_step,
+            resumed=interruptions(start.before, step, changes),
             status="training",
         )
-    return _train_and_save(trainer, output_dir, checkpoint, left_out)
+    return _train_and_save(trainer, output_dir, start.checkpoint, left_out)
 
 
 def _with_keys(dataset: Any, found: Scan, data_args: VLMDataArguments) -> Any:
@@ -270,26 +307,51 @@ def _feature_cache(
     return cache
 
 
+def _find_start(output_dir: Path, args: TrainingArguments) -> Start:
+    """Find where the run begins, once for all processes: the first one's files would look to others like a run's."""
+    found: list[Any] = [None]
+    if args.should_save:
+        found[0] = find_start(output_dir, resume=args.resume_from_checkpoint or args.resume)
+        if found[0].checkpoint is not None:
+            logger.info("going on from %s", found[0].checkpoint)
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    start: Start = found[0]
+    return start
+
+
 def _train_and_save(
     trainer: MemoryEfficientTrainer, output_dir: Path, checkpoint: Path | None, left_out: list[tuple[str, str]]
 ) -> RunResult:
-    started = time.perf_counter()
+    writes = trainer.args.should_save
+    if writes:
+        trainer.add_callback(LogFile(output_dir))
     try:
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.perf_counter() - started
+        with trainer.stop_signals:
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = trainer.run_state.seconds()
         metrics = dict(output.metrics)
         if trainer.eval_dataset is not None and "eval_loss" not in metrics:
             metrics |= trainer.evaluate()
+        # On every rank: where weights are sharded, all of them give their part.
+        with writing_files(output_dir, writes=writes, wait=trainer.accelerator.wait_for_everyone) as folder:
+            trainer.save_model(str(folder))
+        if writes:
+            write_log(output_dir, trainer.state.log_history)
+            save_training_info(output_dir, metrics=metrics | {"training_seconds": round(seconds, 2)}, status=FINISHED)
     except BaseException as error:
-        if trainer.args.should_save:
-            save_training_info(output_dir, status=f"stopped by {type(error).__name__}: {error}".rstrip(": "))
-            _write_log(output_dir, trainer.state.log_history)
+        # Trackers keep their last figures back until they are told of the end.
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        if writes:
+            status = f"stopped by {type(error).__name__}: {error}".rstrip(": ")
+            try:
+                write_log(output_dir, trainer.state.log_history)
+                save_training_info(output_dir, status=redact(status))
+            except OSError as other:
+                # A full disk; the error itself is what must be seen.
+                logger.warning("the records in %s could not be written (%s)", output_dir, other)
         raise
-    # On every rank: where weights are sharded, all of them give their part.
-    trainer.save_model(str(output_dir))
-    if trainer.args.should_save:
-        _write_log(output_dir, trainer.state.log_history)
-        save_training_info(output_dir, metrics=metrics | {"training_seconds": round(seconds, 2)}, status="finished")
+    if writes:
         leave_card(output_dir)
         logger.info("saved to %s after %d steps in %.0f s", output_dir, trainer.state.global_step, seconds)
     return RunResult(output_dir, metrics, trainer.state.global_step, seconds, left_out)
@@ -302,36 +364,3 @@ def _usable(
     logger.info("%s data: %s", name, found.summary())
     dataset = data.dataset if len(found.kept) == len(data.dataset) else data.dataset.select(found.kept)
     return dataset, found
-
-
-def _quarantined(data: LoadedData) -> list[tuple[str, str]]:
-    return [(row.id, row.reason) for row in data.quarantine.rows]
-
-
-def _record_left_out(output_dir: Path, left_out: list[tuple[str, str]]) -> None:
-    if left_out:
-        lines = [json.dumps({"id": name, "reason": reason}, ensure_ascii=False) for name, reason in left_out]
-        (output_dir / "left_out.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _data_record(
-    train: LoadedData, train_scan: Scan, evaluation: LoadedData | None, eval_scan: Scan | None
-) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "format": train.format,
-        "train": {
-            "samples": len(train_scan.kept),
-            "left_out": len(train.dataset) - len(train_scan.kept) + len(train.quarantine.rows),
-            "tokens": int(train_scan.lengths.sum()),
-            "supervised_tokens": int(train_scan.supervised.sum()),
-            "fingerprint": fingerprint(train.dataset),
-        },
-    }
-    if evaluation is not None and eval_scan is not None:
-        record["evaluation"] = {"samples": len(eval_scan.kept), "fingerprint": fingerprint(evaluation.dataset)}
-    return record
-
-
-def _write_log(output_dir: Path, history: list[dict[str, Any]]) -> None:
-    lines = [json.dumps(entry) for entry in history]
-    (output_dir / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -7,17 +7,17 @@ import datetime
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmtune.config.secrets import HIDDEN, SECRET_NAME
 from vlmtune.models.provenance import versions
+from vlmtune.training.checkpoints import write_atomically
 
 RUN_FILE = "run.json"
-_SECRET = re.compile(r"token$|_key$|password|secret", re.IGNORECASE)
 
 
 def hardware() -> dict[str, Any]:
@@ -73,18 +73,16 @@ def save_training_info(
     record.setdefault("created", now)
     record |= {"updated": now, "versions": versions(), "hardware": hardware()}
     if arguments is not None:
-        record["arguments"] = {name: _plain(value) for name, value in arguments.items()}
+        record["arguments"] = {name: plain(value) for name, value in arguments.items()}
     for name, part in (("data", data), ("model", model), ("metrics", metrics)):
         if part is not None:
-            record[name] = {**record.get(name, {}), **_plain(part)}
-    record |= _plain(extra)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+            record[name] = {**record.get(name, {}), **plain(part)}
+    record |= plain(extra)
+    write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
     return path
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return ``value`` as JSON values with secrets masked."""
     if hasattr(value, "to_sanitized_dict"):
         value = value.to_dict()
@@ -92,9 +90,9 @@ def _plain(value: Any) -> Any:
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {
-            str(key): "(hidden)" if _SECRET.search(str(key)) and isinstance(item, str) and item else _plain(item)
+            str(key): HIDDEN if SECRET_NAME.search(str(key)) and isinstance(item, str) and item else plain(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

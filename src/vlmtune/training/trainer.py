@@ -5,7 +5,6 @@ Everything else (devices, schedulers, optimizers, trackers, resuming) is the bas
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,18 +25,21 @@ from vlmtune.models.provenance import base_fingerprint, base_model
 from vlmtune.training.answer_pictures import show_answers
 from vlmtune.training.answer_scores import AnswerScorer
 from vlmtune.training.callbacks import LoggingCallback
+from vlmtune.training.checkpoints import latest_checkpoint
 from vlmtune.training.loaders import batch_loader
 from vlmtune.training.loss import count_targets, install_supervised_loss, targets_from_labels
-from vlmtune.training.output_dir import latest_checkpoint, require_whole
 from vlmtune.training.parameter_groups import split_by_part
-from vlmtune.training.sharding import ShardingTrainer, require_as_many_ranks
+from vlmtune.training.sharding import ShardingTrainer
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
+from vlmtune.training.steady import SteadyTrainer
 from vlmtune.training.throughput import Work
+from vlmtune.training.trackers import let_trackers_fail
+from vlmtune.training.watchdog import Watchdog
 
 IdsByBatch = list[list[str]]
 
 
-class MemoryEfficientTrainer(ShardingTrainer):
+class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
     """Trains a vision-language model without ever forming full logits.
 
     Differs from ``transformers.Trainer`` in this:
@@ -46,7 +48,9 @@ class MemoryEfficientTrainer(ShardingTrainer):
       accumulated batches and all ranks; the LM head runs on supervised positions only, in chunks;
     * evaluation returns losses only, weighted by supervised tokens;
     * every checkpoint holds the processor, and loading one is strict: a missing tensor is an error;
-    * a loss or gradient that is not finite stops the run before it reaches the weights.
+    * a loss or gradient that is not finite stops the run, or leaves out the step, before it reaches the weights.
+
+    What faults do to a run is :class:`~vlmtune.training.steady.SteadyTrainer`'s.
 
     Args:
         *args: as ``transformers.Trainer``.
@@ -147,7 +151,10 @@ class MemoryEfficientTrainer(ShardingTrainer):
         count = num_items_in_batch if num_items_in_batch is not None else len(inputs["target_ids"])
         total = model(**inputs)["loss"]
         if not torch.isfinite(total):
-            raise NonFiniteError(self._not_finite("loss", total.detach(), ids))
+            if not (self._may_skip and model.training):
+                raise NonFiniteError(self._not_finite("loss", total.detach(), ids))
+            # Every rank learns of it by the gradient.
+            total = total * torch.nan
         # DDP and FSDP average gradients over ranks; the count is already over all of them.
         loss = total / max(int(count), 1) * (self.args.world_size if model.training else 1)
         return (loss, {"loss": loss, "total": total}) if return_outputs else loss
@@ -170,10 +177,16 @@ class MemoryEfficientTrainer(ShardingTrainer):
             self._dummy_image = dummy_image(self.data_collator.encoder)
         return {name: tensor.to(self.args.device) for name, tensor in self._dummy_image.items()}
 
+    @property
+    def _may_skip(self) -> bool:
+        return getattr(self.args, "on_nonfinite", "stop") == "skip"
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._finite_norm(super()._clip_grad_norm(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self.skipping:
+            return None
         # One process and many must take the same step: a tower that no image went through has the gradient nought
         # on many ranks, by their dummy image, so that its momentum and weight decay go on.
         if self._tower_in_step and self.args.world_size == 1:
@@ -184,9 +197,13 @@ class MemoryEfficientTrainer(ShardingTrainer):
 
     def _finite_norm(self, norm: Any) -> Any:
         # With float16 the scaler skips overflowing steps by itself.
-        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise NonFiniteError(self._not_finite("gradient norm", norm, [i for ids in self._step_ids for i in ids]))
-        return norm
+        if norm is None or self.accelerator.scaler is not None or torch.isfinite(torch.as_tensor(norm)):
+            return norm
+        message = self._not_finite("gradient norm", norm, [i for ids in self._step_ids for i in ids])
+        if not self._may_skip:
+            raise NonFiniteError(message)
+        self.skip_step(message)
+        return None
 
     def _not_finite(self, what: str, value: Any, ids: list[str]) -> str:
         names = ", ".join(repr(name) for name in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
@@ -205,6 +222,7 @@ class MemoryEfficientTrainer(ShardingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """Return the batch's mean loss; logits never leave the step."""
+        self.cut_evaluation()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -226,6 +244,9 @@ class MemoryEfficientTrainer(ShardingTrainer):
     def _answer_scores(self) -> dict[str, float]:
         assert self.answer_scorer is not None
         model, args = self.accelerator.unwrap_model(self.model), self.args
+        if args.world_size == 1:
+            # Of several ranks one may have fewer batches to answer, and they must stop together.
+            self.answer_scorer.between = self.cut_evaluation
         with self.compute_loss_context_manager():
             scores, answered = self.answer_scorer(model, rank=args.process_index, world_size=args.world_size)
         if self.is_world_process_zero():
@@ -249,10 +270,6 @@ class MemoryEfficientTrainer(ShardingTrainer):
             state_dict=state_dict,
             fingerprint=self._fingerprint,
         )
-        if folder == Path(str(self.args.output_dir)):
-            return
-        arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (folder / "training_args.json").write_text(arguments + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_deepspeed_enabled:
@@ -276,6 +293,11 @@ class MemoryEfficientTrainer(ShardingTrainer):
             raise TrainingError("There is no best checkpoint to load: no evaluation took place before a save.")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as :meth:`SteadyTrainer.train` does."""
+        self.work.restart_clock()
+        return super().train(*args, **kwargs)
+
     # -- logging ------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -283,25 +305,6 @@ class MemoryEfficientTrainer(ShardingTrainer):
         if "loss" in logs and "learning_rate" in logs:
             logs |= self.work.rates()
         super().log(logs, start_time)
-
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the base class does.
-
-        Raises:
-            ResumeError: there is no checkpoint to resume from, or it lacks what resuming needs.
-            NonFiniteError: a loss or gradient became NaN or infinite.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ResumeError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
-        if resume_from_checkpoint:
-            require_whole(Path(resume_from_checkpoint), sharded=self.is_deepspeed_enabled)
-            if self.is_deepspeed_enabled:
-                require_as_many_ranks(Path(resume_from_checkpoint), self.args.world_size)
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        self.work.restart_clock()
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
 
 def create_trainer(
@@ -355,6 +358,9 @@ def create_trainer(
     # The base class's own callbacks print every log entry as a dict.
     handler = trainer.callback_handler
     handler.callbacks = [one for one in handler.callbacks if type(one) not in (PrinterCallback, ProgressCallback)]
+    let_trackers_fail(handler.callbacks)
+    if stall_seconds := getattr(args, "stall_seconds", 0):
+        trainer.add_callback(Watchdog(stall_seconds))
     if not any(isinstance(one, LoggingCallback) for one in handler.callbacks):
         trainer.add_callback(LoggingCallback())
     return trainer

@@ -1,0 +1,180 @@
+"""Faults around a trainer: data loading, images, trackers, stalls."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image, ImageFile
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+from vlmtune.data.images import check, decode
+from vlmtune.data.sample import ImageRef
+from vlmtune.errors import ImageError, TrainingError
+from vlmtune.training.loaders import REPLACEMENTS, SteadyBatches
+from vlmtune.training.trackers import let_trackers_fail
+from vlmtune.training.watchdog import Watchdog
+
+# -- data loading -----------------------------------------------------------------------------------------
+
+
+def test_a_data_loading_process_that_is_killed_is_replaced(
+    make_trainer, fresh_model, caplog: pytest.LogCaptureFixture
+) -> None:
+    import multiprocessing
+
+    import torch
+
+    from vlmtune.batching.sampler import ImageGroupSampler
+
+    class Kill(TrainerCallback):
+        """What the system does when its memory is full."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid or 0, signal.SIGKILL)
+
+    def train(*callbacks: Any) -> list[float]:
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            model=fresh_model(lora_dropout=0.2),
+            train_sampler=ImageGroupSampler([""] * 10, [20] * 10, 1),
+            per_device_train_batch_size=1,
+            dataloader_num_workers=1,
+            max_steps=12,
+            callbacks=list(callbacks),
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert train(Kill()) == train()
+    assert "a data loading process was killed; others load its batches again" in caplog.text
+
+
+def test_processes_that_are_killed_again_and_again_stop_the_run() -> None:
+    def dying() -> Iterator[int]:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        yield
+
+    asked: list[int] = []
+
+    def again(given: int) -> Iterator[int]:
+        asked.append(given)
+        return dying()
+
+    with pytest.raises(TrainingError, match="lower dataloader_num_workers"):
+        next(SteadyBatches(dying(), again, 5))
+    assert asked == [5] * REPLACEMENTS
+
+
+class HangingFile(ImageFile.ImageFile):
+    """A format whose decoder never returns."""
+
+    format = "HANGING"
+    released = threading.Event()
+
+    def _open(self) -> None:
+        if self.fp.read(7) != b"HANGING":
+            raise SyntaxError
+        self._size, self._mode = (4, 4), "RGB"
+
+    def load(self) -> Any:
+        self.released.wait(60)
+        raise OSError("released")
+
+
+@pytest.fixture
+def hanging_image(tmp_path: Path) -> Iterator[ImageRef]:
+    Image.register_open("HANGING", HangingFile, lambda prefix: prefix.startswith(b"HANGING"))
+    (tmp_path / "photo.jpg").write_bytes(b"HANGING image")
+    yield ImageRef(str(tmp_path / "photo.jpg"))
+    HangingFile.released.set()
+    Image.ID.remove("HANGING")
+    del Image.OPEN["HANGING"]
+
+
+def test_an_image_that_hangs_its_decoder(hanging_image: ImageRef) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ImageError, match=r"photo\.jpg could not be read and decoded within 0\.2 s"):
+        decode(hanging_image, timeout=0.2)
+    assert "within 0.2 s" in str(check(hanging_image, "full", timeout=0.2))
+    assert time.perf_counter() - started < 10
+    good = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(good, "PNG")
+    assert decode(ImageRef(bytes=good.getvalue()), timeout=10).size == (3, 2)
+
+
+# -- trackers and stalls ----------------------------------------------------------------------------------
+
+
+def test_a_tracker_that_cannot_write_does_not_stop_the_run(
+    make_trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file" / "logs"))
+    trainer = make_trainer(report_to=["tensorboard"])
+    assert any(isinstance(one, TensorBoardCallback) for one in trainer.callback_handler.callbacks)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert caplog.text.count("the tracker TensorBoard failed and gets nothing more") == 1
+
+
+def test_a_tracker_that_is_offline_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[str] = []
+
+    class Offline(WandbCallback):
+        def __init__(self) -> None:
+            self._wandb = SimpleNamespace()
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            calls.append("log")
+            raise ConnectionError("api.wandb.ai cannot be reached")
+
+    tracker = Offline()
+    Offline.__name__ = "WandbCallback"
+    let_trackers_fail([tracker])
+    assert calls == []
+    import vlmtune.training.trackers as trackers
+
+    trackers._guard(tracker)
+    for _ in range(3):
+        tracker.on_log(None, None, None)
+    assert calls == ["log"]
+    assert "api.wandb.ai cannot be reached" in caplog.text
+
+
+def test_a_stall_logs_the_stack_of_every_thread(make_trainer, caplog: pytest.LogCaptureFixture) -> None:
+    class Stall(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                this_is_where_it_stands()
+
+    def this_is_where_it_stands() -> None:
+        time.sleep(1.5)
+
+    other = threading.Event()
+    threading.Thread(target=other.wait, name="another thread", daemon=True).start()
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(stall_seconds=0.5, max_steps=2, callbacks=[Stall()])
+        trainer.train()
+    other.set()
+    assert "no step has ended for" in caplog.text and "since step 1" in caplog.text
+    assert "this_is_where_it_stands" in caplog.text and "another thread:" in caplog.text
+    time.sleep(0.3)
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_no_watchdog_where_none_is_wanted(make_trainer) -> None:
+    trainer = make_trainer(stall_seconds=0)
+    assert not any(isinstance(one, Watchdog) for one in trainer.callback_handler.callbacks)
