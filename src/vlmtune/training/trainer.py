@@ -296,7 +296,13 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as :meth:`SteadyTrainer.train` does."""
         self.work.restart_clock()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # The base class tells callbacks of the end only where there was no error.
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Watchdog):
+                    callback.stop()
 
     # -- logging ------------------------------------------------------------------------------------------
 
