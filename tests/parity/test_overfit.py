@@ -40,8 +40,9 @@ def certain(name: str, folder: Path, copy: Path) -> Path:
     """A copy of the checkpoint that can be certain of a token: logits of random weights are all close to 0."""
     shutil.copytree(folder, copy)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    scale = 10 * getattr(model.config.get_text_config(), "logits_scaling", 1)
     with torch.no_grad():
-        model.get_submodule(FAMILIES[name].parts["language"]).norm.weight.fill_(10)
+        model.get_submodule(FAMILIES[name].parts["language"]).norm.weight.fill_(scale)
     model.save_pretrained(copy)
     return copy
 
