@@ -125,9 +125,9 @@ def test_the_training_script_trains_by_flags_or_recipe_and_resumes(
     record = run(*(f"--{name}={value}" for name, value in options.items()))
     assert record["status"] == "finished" and record["metrics"]["eval_loss"] > 0 and record["data"]["fingerprint"]
     assert record["arguments"]["training"]["learning_rate"] == 1e-3
-    with pytest.raises(vlmtune.VlmtuneError, match="already holds another run"):
+    with pytest.raises(vlmtune.VlmtuneError, match="already holds a finished run"):
         run(str(recipe))
-    run(str(recipe), "--max_steps", "3", "--resume")
+    run(str(recipe), "--max_steps", "3", "--resume", "--force_resume")
     assert (out / "checkpoint-3" / "chat_template.jinja").exists() and (out / "adapter_model.safetensors").exists()
     with pytest.raises(vlmtune.VlmtuneError, match="There is no model at"):
         run(str(recipe), "--output_dir", str(tmp_path / "other"), "--model_name_or_path", "./nowhere")

@@ -323,6 +323,11 @@ class TestTraining:
         chosen = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(ours.config)]
         assert type(ours).__name__ == family.model_class == chosen.__name__
 
+    def test_layers_are_the_lists_of_a_part(self, family, ours) -> None:
+        for part, place in family.layers.items():
+            layers = ours.get_submodule(f"{family.parts[part]}.{place}")
+            assert isinstance(layers, torch.nn.ModuleList) and len(layers)
+
     @pytest.mark.parametrize("scope", ["language", "projector", "vision"])
     def test_lora_targets_are_all_linear_layers(self, scope, checkpoint, family, ours) -> None:
         inner = [p + "." for p in family.parts.values() if p.startswith(family.parts[scope] + ".")]

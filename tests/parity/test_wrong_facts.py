@@ -131,6 +131,9 @@ class Check:
         for scope in SCOPES:
             suite.TestTraining().test_lora_targets_are_all_linear_layers(scope, self.checkpoint, self.family, self.ours)
 
+    def layers(self) -> None:
+        suite.TestTraining().test_layers_are_the_lists_of_a_part(self.family, self.ours)
+
     def in_full(self) -> None:
         suite.TestTraining().test_parts_in_full(SCOPES, self.family, self.folder, self.collator, self.image_folder)
 
@@ -194,6 +197,8 @@ def _of_every_family(family) -> Iterator[tuple[dict[str, Any], str]]:
     )
     for part, place in family.parts.items():
         yield {"parts": {**family.parts, part: place + "s"}}, "parts"
+    for part, place in family.layers.items():
+        yield {"layers": {**family.layers, part: place + ".0"}}, "layers"
         yield {"parts": {name: path for name, path in family.parts.items() if name != part}}, "parts"
     for scope, names in family.lora_targets.items():
         yield {"lora_targets": {**family.lora_targets, scope: (*names[1:], *(() if names else ("linear",)))}}, "targets"
