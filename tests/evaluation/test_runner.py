@@ -197,7 +197,7 @@ class TestGoingOn:
             run(Scripted(), make_dataset(5), tmp_path)
 
     def test_killed_before_the_first_file_was_whole(self, tmp_path) -> None:
-        (tmp_path / "settings.tmp").write_text('{"mod')
+        (tmp_path / "settings.json.tmp").write_text('{"mod')
         run(Scripted(), make_dataset(3), tmp_path)
         assert len(lines(tmp_path)) == 3
 

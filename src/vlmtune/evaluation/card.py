@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.evaluation.predictions_file import write_whole
 from vlmtune.evaluation.runner import SCORES
 from vlmtune.models.adapter_files import read_settings
 from vlmtune.models.checkpoint import is_adapter_dir
@@ -52,9 +53,7 @@ def write_card(folder: Path, evaluation: Path | None = None) -> bool:
         and "[More Information Needed]" not in text
     ):
         return False
-    temporary = file.with_suffix(".md.tmp")
-    temporary.write_text(model_card(folder, evaluation), encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, model_card(folder, evaluation))
     return True
 
 

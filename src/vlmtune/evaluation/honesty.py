@@ -24,6 +24,7 @@ from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.evaluation.compare import compare
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import get_metric
+from vlmtune.evaluation.predictions_file import write_whole
 from vlmtune.evaluation.ranks import by_first
 from vlmtune.evaluation.runner import SCORES, Evaluation, Progress, ended_share, evaluate
 
@@ -246,6 +247,4 @@ def _grey(size: tuple[int, int]) -> bytes:
 
 def _add_to_scores(path: Path, result: Mapping[str, Any]) -> None:
     record = json.loads(path.read_text(encoding="utf-8")) | {"honesty": result}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(record, indent=2) + "\n")

@@ -18,6 +18,7 @@ from vlmtune.data.remote import is_remote
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import DataError, OutputError, VlmtuneError
 from vlmtune.evaluation.generation import Answer, AnswerGenerator
+from vlmtune.evaluation.predictions_file import write_whole
 from vlmtune.evaluation.runner import weights_fingerprint
 
 logger = logging.getLogger("vlmtune.predict")
@@ -193,7 +194,7 @@ class Predictor:
                 file.write(done[sample.id])
                 file.flush()
         wanted = [*questions.samples, *(Sample(name, (), ()) for name in questions.bad)]
-        _replace(output, "".join(done.get(one.id) or _bad_line(one, bad[one.id]) for one in wanted))
+        write_whole(output, "".join(done.get(one.id) or _bad_line(one, bad[one.id]) for one in wanted))
         return before, bad
 
     @property
@@ -244,7 +245,7 @@ class Predictor:
         if not output.exists():
             try:
                 output.parent.mkdir(parents=True, exist_ok=True)
-                _replace(record, json.dumps(settings, indent=2) + "\n")
+                write_whole(record, json.dumps(settings, indent=2) + "\n")
                 output.touch()
             except OSError as error:
                 raise OutputError(f"{output} cannot be written ({error.strerror}). Choose another output.") from error
@@ -275,7 +276,7 @@ class Predictor:
                     f"{'another question' if name in asked else 'not asked'}. Choose another output."
                 )
             done[name] = line.decode() + "\n"
-        _replace(output, "".join(done.values()))
+        write_whole(output, "".join(done.values()))
         return done
 
 
@@ -317,9 +318,3 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         return _parse(file.read_bytes())
     except OSError:
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -28,7 +28,7 @@ from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import Scores, get_metric
 from vlmtune.evaluation.metrics.bootstrap import interval
 from vlmtune.evaluation.metrics.robust import robust_scores
-from vlmtune.evaluation.predictions_file import PREDICTIONS, read_lines, to_line
+from vlmtune.evaluation.predictions_file import PREDICTIONS, read_lines, to_line, write_whole
 from vlmtune.evaluation.ranks import by_first, count, is_first, shared_out
 
 logger = logging.getLogger("vlmtune.evaluation")
@@ -137,7 +137,7 @@ def evaluate(
         **({"unanswered": unanswered} if unanswered else {}),
         **({"failed": scored.failed} if scored.failed else {}),
     }
-    by_first(lambda: _write(folder / SCORES, json.dumps(record, indent=2) + "\n"))
+    by_first(lambda: write_whole(folder / SCORES, json.dumps(record, indent=2) + "\n"))
     return scored
 
 
@@ -149,10 +149,10 @@ def keep(folder: Path, found: Evaluation, source: str) -> None:
     """
     lines = "".join(map(to_line, found.predictions))
     _open_folder(folder, {"model": source, "data": hashlib.sha256(lines.encode()).hexdigest()[:16]})
-    _write(folder / PREDICTIONS, lines)
+    write_whole(folder / PREDICTIONS, lines)
     record = {"model": source, "samples": len(found.predictions), "metrics": found.table}
     record["ended_by_terminator"] = ended_share(found.predictions)
-    _write(folder / SCORES, json.dumps(record, indent=2) + "\n")
+    write_whole(folder / SCORES, json.dumps(record, indent=2) + "\n")
 
 
 def ended_share(predictions: Sequence[Prediction]) -> float:
@@ -258,11 +258,11 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Prediction
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not used:
-        _write(file, json.dumps(settings, indent=2) + "\n")
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
     if not predictions.exists():
         return {}
     done = read_lines(predictions, last_may_be_cut=True)
-    _write(predictions, "".join(map(to_line, done.values())))
+    write_whole(predictions, "".join(map(to_line, done.values())))
     return done
 
 
@@ -272,12 +272,6 @@ def _settings(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def weights_fingerprint(model: nn.Module) -> str:
