@@ -21,7 +21,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from vlmtune.data.images import check, decode
 from vlmtune.data.sample import ImageRef
 from vlmtune.errors import ImageError, TrainingError
-from vlmtune.training.loaders import REPLACEMENTS, SteadyBatches
+from vlmtune.training.loaders import REPLACEMENTS, SteadyBatches, calm_worker_deaths
 from vlmtune.training.trackers import let_trackers_fail
 from vlmtune.training.watchdog import Watchdog
 
@@ -60,6 +60,25 @@ def test_a_data_loading_process_that_is_killed_is_replaced(
 
     assert train(Kill()) == train()
     assert "a data loading process was killed; others load its batches again" in caplog.text
+
+
+def test_another_loaders_signal_handler_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.data import DataLoader
+    from torch.utils.data._utils import signal_handling
+
+    def mine(*_: Any) -> None: ...
+
+    found = signal.signal(signal.SIGCHLD, mine)
+    try:
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+        assert len(list(DataLoader(range(2), num_workers=1))) == 2
+        assert signal.getsignal(signal.SIGCHLD) is not mine
+        calm_worker_deaths()
+        assert signal.getsignal(signal.SIGCHLD) is mine
+        calm_worker_deaths()
+        assert signal.getsignal(signal.SIGCHLD) is mine
+    finally:
+        signal.signal(signal.SIGCHLD, found)
 
 
 def test_processes_that_are_killed_again_and_again_stop_the_run() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,7 +37,6 @@ def batch_loader(
         args: ``TrainingArguments``.
         accelerator: the trainer's.
     """
-    calm_worker_deaths()
     loader: DataLoader[dict[str, Any]] = DataLoader(
         WithFillers(rows),
         batch_sampler=sampler,
@@ -128,6 +129,11 @@ def calm_worker_deaths() -> None:
     """Have a killed process found when its batch is asked for.
 
     PyTorch would raise from a signal handler, wherever the training process then is: in the midst of changing
-    weights, or of writing a checkpoint.
+    weights, or of writing a checkpoint. The handler may be there already, from another loader of the process.
     """
     torch_signals._SIGCHLD_handler_set = True
+    handler = signal.getsignal(signal.SIGCHLD)
+    main = threading.current_thread() is threading.main_thread()
+    if main and callable(handler) and handler.__module__ == torch_signals.__name__:
+        before = inspect.getclosurevars(handler).nonlocals["previous_handler"]
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)

@@ -27,7 +27,7 @@ from transformers.trainer_utils import SaveStrategy
 from vlmtune.errors import NonFiniteError, ResumeError, StoppedBySignal, TrainingError
 from vlmtune.training.accumulation import GradientAccumulationManager
 from vlmtune.training.checkpoints import delete_old, latest_checkpoint, require_whole, step_of, writing_checkpoint
-from vlmtune.training.loaders import SteadyBatches, batches_from, kept_random_state, worker_died
+from vlmtune.training.loaders import SteadyBatches, batches_from, calm_worker_deaths, kept_random_state, worker_died
 from vlmtune.training.run_state import RunState
 from vlmtune.training.sharding import require_as_many_ranks
 from vlmtune.training.signals import StopNow, StopSignals
@@ -81,6 +81,7 @@ class SteadyTrainer(Trainer):
                 raise ResumeError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self.run_state = RunState()
+        calm_worker_deaths()
         if checkpoint is not None:
             require_whole(checkpoint, sharded=self.is_deepspeed_enabled)
             if self.is_deepspeed_enabled:
