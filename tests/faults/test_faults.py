@@ -112,9 +112,8 @@ def test_no_secret_is_in_anything_a_run_writes(make_run: Callable[[], Any]) -> N
     flags = ("--hub_token", "hf_plantedRecipe", "--report_to", "tensorboard", "--max_steps", "2", "--save_steps", "1")
     assert run.finish(*flags, env=SECRETS)[0] == 0
     # A failure that has a secret in its message, traceback and all.
-    code, said = run.finish(
-        *flags, "--debug", "--dataset_path", "/no/hf_plantedRecipe/hf_plantedEnvironment", env=SECRETS
-    )
+    planted = ("--dataset_path", "/no/hf_plantedRecipe/hf_plantedEnvironment")
+    code, said = run.finish(*flags, "--debug", *planted, "--output_dir", f"{run.output.parent}/second", env=SECRETS)
     assert code != 0 and "(hidden)" in said
     written = {path: path.read_bytes() for path in run.output.parent.rglob("*") if path.is_file()}
     assert any(path.name.startswith("events.out") for path in written) and any(
