@@ -21,6 +21,7 @@ from vlmtune.evaluation.generation import Answer, AnswerGenerator
 from vlmtune.evaluation.likelihood import TextScorer
 from vlmtune.evaluation.predictions_file import read_predictions
 from vlmtune.evaluation.runner import evaluate, format_table, score
+from vlmtune.files import UNFINISHED
 
 ANSWERS = ["red", "blue", "green", "дог — ☂", "two\nlines", "odd\u2028\x85line\x1eends", 'quotes "', ""]
 
@@ -82,7 +83,7 @@ class TestFiles:
         }
         assert read_predictions(tmp_path / "a" / "b") == found.predictions
         assert read_predictions(tmp_path / "a" / "b" / "predictions.jsonl") == found.predictions
-        assert not list(tmp_path.rglob("*.tmp"))
+        assert not list(tmp_path.rglob(f"*{UNFINISHED}"))
 
     def test_scores(self, tmp_path) -> None:
         found = run(Scripted(), make_dataset(), tmp_path)
@@ -197,7 +198,7 @@ class TestGoingOn:
             run(Scripted(), make_dataset(5), tmp_path)
 
     def test_killed_before_the_first_file_was_whole(self, tmp_path) -> None:
-        (tmp_path / "settings.json.tmp").write_text('{"mod')
+        (tmp_path / f"settings.json{UNFINISHED}").write_text('{"mod')
         run(Scripted(), make_dataset(3), tmp_path)
         assert len(lines(tmp_path)) == 3
 

@@ -13,7 +13,8 @@ import pytest
 from safetensors import safe_open
 
 from vlmtune.demo.run import model_folder
-from vlmtune.training.checkpoints import UNFINISHED, checkpoints, damage
+from vlmtune.files import UNFINISHED
+from vlmtune.training.checkpoints import checkpoints, damage
 
 VICTIM = Path(__file__).with_name("victim.py")
 STEPS = 12

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlmtune.errors import EvaluationError, MissingDependencyError, OutputError
 from vlmtune.evaluation.answering import Prediction
+from vlmtune.files import UNFINISHED
 from vlmtune.report.data import read_records
 from vlmtune.report.page import render, write_report
 
@@ -265,7 +266,7 @@ class TestFiles:
     def test_an_earlier_report_is_replaced_and_nothing_else(self, demo: Path, tmp_path: Path) -> None:
         page = write_report(read_records([demo]), tmp_path / "new" / "report.html", title="One")
         write_report(read_records([demo]), page, title="Two")
-        assert "<title>Two</title>" in page.read_text() and not list(page.parent.glob("*.tmp"))
+        assert "<title>Two</title>" in page.read_text() and not list(page.parent.glob(f"*{UNFINISHED}"))
         mine = tmp_path / "mine.html"
         mine.write_text("<p>mine")
         with pytest.raises(OutputError, match="is not a report of vlmtune and will not be overwritten"):

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from vlmtune.errors import OutputError, ResumeError
+from vlmtune.files import UNFINISHED
 from vlmtune.training.checkpoints import (
     MANIFEST,
-    UNFINISHED,
     checkpoints,
     damage,
     delete_old,

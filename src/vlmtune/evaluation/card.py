@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.predictions_file import write_whole
 from vlmtune.evaluation.runner import SCORES
+from vlmtune.files import write_whole
 from vlmtune.models.adapter_files import read_settings
 from vlmtune.models.checkpoint import is_adapter_dir
 from vlmtune.models.families import get_family

@@ -24,9 +24,9 @@ from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.evaluation.compare import compare
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import get_metric
-from vlmtune.evaluation.predictions_file import write_whole
 from vlmtune.evaluation.ranks import by_first
 from vlmtune.evaluation.runner import SCORES, Evaluation, Progress, ended_share, evaluate
+from vlmtune.files import write_whole
 
 logger = logging.getLogger("vlmtune.evaluation")
 MOST_SAMPLES = 500

@@ -18,8 +18,8 @@ from vlmtune.data.remote import is_remote
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import DataError, OutputError, VlmtuneError
 from vlmtune.evaluation.generation import Answer, AnswerGenerator
-from vlmtune.evaluation.predictions_file import write_whole
 from vlmtune.evaluation.runner import weights_fingerprint
+from vlmtune.files import write_whole
 
 logger = logging.getLogger("vlmtune.predict")
 QUESTION_FILES = (".jsonl", ".ndjson")

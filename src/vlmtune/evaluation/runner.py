@@ -28,8 +28,9 @@ from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import Scores, get_metric
 from vlmtune.evaluation.metrics.bootstrap import interval
 from vlmtune.evaluation.metrics.robust import robust_scores
-from vlmtune.evaluation.predictions_file import PREDICTIONS, read_lines, to_line, write_whole
+from vlmtune.evaluation.predictions_file import PREDICTIONS, read_lines, to_line
 from vlmtune.evaluation.ranks import by_first, count, is_first, shared_out
+from vlmtune.files import UNFINISHED, write_whole
 
 logger = logging.getLogger("vlmtune.evaluation")
 SETTINGS, SCORES = "settings.json", "scores.json"
@@ -247,7 +248,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Prediction
     """Make the folder, or return the answers that an earlier evaluation with the same settings left there."""
     file, predictions = folder / SETTINGS, folder / PREDICTIONS
     # A file half written is what a killed evaluation may leave.
-    used = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+    used = folder.is_dir() and any(path.suffix != UNFINISHED for path in folder.iterdir())
     earlier = _settings(file)
     if used and earlier != settings:
         changed = [name for name in settings if earlier and earlier.get(name) != settings[name]]

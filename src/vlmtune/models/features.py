@@ -234,6 +234,7 @@ def missing(cache: FeatureCache, hashes: Iterable[str]) -> list[str]:
 
 
 def _write_atomically(path: Path, text: str) -> None:
+    # Two runs may write it at once, each under a name of its own.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -15,6 +15,7 @@ from vlmtune.errors import MissingDependencyError, OutputError
 from vlmtune.evaluation.honesty import verdicts
 from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.runner import SCORES
+from vlmtune.files import write_whole
 from vlmtune.report.analysis import GROUPS, Analysis, Row, analyse, confusion, flips, score_rows, type_rows
 from vlmtune.report.charts import Dot, interval_chart
 from vlmtune.report.data import EvaluationRecord, Records, RunRecord, read_json, recipe_differences
@@ -44,11 +45,9 @@ def write_report(records: Records, output: str | Path, *, title: str, difference
     path = Path(output).expanduser()
     _require_ours(path)
     page = render(records, title=title, differences=differences)
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, page)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}). Choose another --output.") from error
     return path

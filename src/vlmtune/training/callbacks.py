@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
+from vlmtune.files import write_whole
 from vlmtune.models.checkpoint import save_model_and_processor
-from vlmtune.training.checkpoints import write_atomically
 
 logger = logging.getLogger("vlmtune.training")
 
@@ -128,4 +128,4 @@ class LogFile(TrainerCallback):
 
 def write_log(output_dir: Path, history: list[dict[str, Any]]) -> None:
     """Write ``log.jsonl``, a line for each logged step."""
-    write_atomically(output_dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+    write_whole(output_dir / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))

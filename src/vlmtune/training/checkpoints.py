@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,12 +20,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from vlmtune.errors import OutputError, ResumeError
+from vlmtune.files import UNFINISHED, to_disk
 
 logger = logging.getLogger("vlmtune.training")
 
 MANIFEST = "manifest.json"
-# What ends in this was left by a process that was killed while it wrote.
-UNFINISHED = ".unfinished"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -62,7 +60,7 @@ def writing_files(
 
     def finish(folder: Path) -> None:
         for path in _files(folder):
-            _to_disk(path)
+            to_disk(path)
         for path in _files(folder):
             place = output_dir / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +95,7 @@ def seal(folder: Path) -> None:
     """Bring all files of a folder to the disk and write the manifest of their sizes and hashes, last."""
     paths = list(_files(folder))
     for path in paths:
-        _to_disk(path)
+        to_disk(path)
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(_sha256, paths))
     files = {
@@ -106,8 +104,8 @@ def seal(folder: Path) -> None:
     }
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
-    _to_disk(manifest)
-    _to_disk(folder)
+    to_disk(manifest)
+    to_disk(folder)
 
 
 def damage(folder: Path, *, hashes: bool = True) -> str | None:
@@ -222,29 +220,8 @@ def delete_unfinished(output_dir: Path) -> None:
         _delete(path)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, and a run after a crash, sees the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + UNFINISHED)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _to_disk(temporary)
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
@@ -258,7 +235,7 @@ def _rename(folder: Path, place: Path) -> None:
     if place.exists():
         place.rename(aside)
     folder.rename(place)
-    _to_disk(place.parent)
+    to_disk(place.parent)
     _delete(aside)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmtune.batching.scan import Scan
 from vlmtune.data.loading import LoadedData, fingerprint
-from vlmtune.training.checkpoints import write_atomically
+from vlmtune.files import write_whole
 
 
 def quarantined(data: LoadedData) -> list[tuple[str, str]]:
@@ -20,7 +20,7 @@ def record_left_out(output_dir: Path, left_out: list[tuple[str, str]]) -> None:
     """Write ``left_out.jsonl``, where anything was left out."""
     if left_out:
         lines = [json.dumps({"id": name, "reason": reason}, ensure_ascii=False) for name, reason in left_out]
-        write_atomically(output_dir / "left_out.jsonl", "\n".join(lines) + "\n")
+        write_whole(output_dir / "left_out.jsonl", "\n".join(lines) + "\n")
 
 
 def describe_data(

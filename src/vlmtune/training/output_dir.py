@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import OutputError, ResumeError
-from vlmtune.training.checkpoints import UNFINISHED, delete_unfinished, last_whole_checkpoint, require_whole
+from vlmtune.files import UNFINISHED
+from vlmtune.training.checkpoints import delete_unfinished, last_whole_checkpoint, require_whole
 from vlmtune.training.lock import LOCK_FILE
 from vlmtune.training.run_info import RUN_FILE
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from vlmtune.config.secrets import HIDDEN, SECRET_NAME
+from vlmtune.files import write_whole
 from vlmtune.models.provenance import versions
-from vlmtune.training.checkpoints import write_atomically
 
 RUN_FILE = "run.json"
 
@@ -78,7 +78,7 @@ def save_training_info(
         if part is not None:
             record[name] = {**record.get(name, {}), **plain(part)}
     record |= plain(extra)
-    write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
     return path
 
 
