@@ -98,12 +98,12 @@ def test_dark_mode(page: Page) -> None:
     light = page.run(f"[{background}, {ink}]")
     page.media(prefers_color_scheme="dark")
     dark = page.run(f"[{background}, {ink}]")
-
-    def brightness(color: str) -> float:
-        return sum(int(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]) / 3
-
     assert brightness(light[0]) > 200 > 60 > brightness(light[1])
     assert brightness(dark[0]) < 60 < 200 < brightness(dark[1])
+
+
+def brightness(color: str) -> float:
+    return sum(int(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]) / 3
 
 
 def press(page: Page, key: str, text: str = "") -> None:
