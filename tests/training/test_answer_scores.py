@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from transformers.integrations import WandbCallback
 
 from vlmtune.config import EvaluationArguments, TrainingArguments
@@ -98,10 +99,38 @@ def test_tensorboard_gets_scores_pictures_and_texts(scored_run) -> None:
     assert {"answers/0/text_summary", "answers/1/text_summary"} <= set(tags["tensors"])
 
 
-def test_wandb_gets_a_table_with_pictures(image_folder: Path) -> None:
+def test_wandb_gets_scores_pictures_and_texts(
+    run_arguments, eval_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real library, offline: what it would send to its server lies in the run's folder."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = {"max_steps": 2, "eval_dataset_path": str(eval_folder), "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"eval_answers": 2, "report_to": ["wandb"]}
+    try:
+        run_training(*run_arguments(tmp_path / "run", **options), ANSWERS)
+    finally:
+        wandb.finish()
+    folder = next((tmp_path / "wandb").glob("offline-run-*"))
+    sent = next(folder.glob("*.wandb")).read_bytes()
+    for name in (b"train/loss", b"eval/loss", b"eval/exact_match", b"eval/cer", b"eval/pictures", b"eval/answers"):
+        assert name in sent, name
+    evaluations = sum("eval_cer" in entry for entry in log(tmp_path / "run"))
+    pictures = list((folder / "files" / "media" / "images").rglob("*.png"))
+    assert len(pictures) == 2 * evaluations
+    assert all(len(Image.open(picture).convert("RGB").getcolors(1 << 16)) > 1 for picture in pictures)
+    tables = [json.loads(table.read_text()) for table in folder.rglob("*.table.json")]
+    assert len(tables) == evaluations
+    assert all(table["columns"] == ["id", "prompt", "answer", "references"] for table in tables)
+    assert all(len(table["data"]) == 2 for table in tables)
+
+
+def test_pictures_for_wandb(image_folder: Path) -> None:
     given: list[dict[str, Any]] = []
     stand_in = SimpleNamespace(
-        Image=lambda picture: ("image", picture.size),
+        Image=lambda picture, caption: (picture.size, caption),
         Table=lambda columns, data: (columns, data),
         log=given.append,
     )
@@ -110,13 +139,15 @@ def test_wandb_gets_a_table_with_pictures(image_folder: Path) -> None:
     image = ImageRef(str(image_folder / "0.jpg"))
     message = Message.make("user", "What is it?", images=1)
     sample = Sample("one", (image,), (message,), references=("a dog", "dog"))
-    show_answers([callback, object()], [Answered(sample, "cat")] * 6, step=7)
+    text_only = Sample("two", (), (Message.make("user", "Why?"),), references=("so",))
+    show_answers([callback, object()], [Answered(sample, "cat"), Answered(text_only, "no")] * 3, step=7)
     columns, rows = given[0]["eval/answers"]
     assert given[0]["train/global_step"] == 7
-    assert columns == ["images", "id", "prompt", "answer", "references"]
-    assert len(rows) == 4
-    assert rows[0][0][0][0] == "image"
-    assert rows[0][1:] == ["one", "What is it?", "cat", "a dog | dog"]
+    assert columns == ["id", "prompt", "answer", "references"]
+    assert rows == [["one", "What is it?", "cat", "a dog | dog"], ["two", "Why?", "no", "so"]] * 2
+    assert [caption for _, caption in given[0]["eval/pictures"]] == [
+        "id: one\nprompt: What is it?\nanswer: cat\nreferences: a dog | dog"
+    ] * 2
 
 
 def test_the_same_samples_each_time(fresh_model, processor, questions) -> None:

@@ -36,17 +36,19 @@ def show_answers(callbacks: Iterable[Any], answered: Sequence[Answered], step: i
 def _to_tensorboard(writer: Any, answered: Sequence[Answered], step: int) -> None:
     for number, one in enumerate(answered):
         # TensorBoard renders Markdown: indented lines stay as they are.
-        lines = [f"{name}: {value}" for name, value in zip(_COLUMNS, _texts(one), strict=True)]
-        writer.add_text(f"answers/{number}", "\n".join("    " + line for line in "\n".join(lines).splitlines()), step)
+        lines = _caption(one).splitlines()
+        writer.add_text(f"answers/{number}", "\n".join("    " + line for line in lines), step)
         for place, picture in enumerate(_pictures(one)):
             tag = f"answers/{number}" + (f".{place}" if place else "")
             writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
 
 
 def _to_wandb(wandb: Any, answered: Sequence[Answered], step: int) -> None:
-    rows = [[[wandb.Image(picture) for picture in _pictures(one)], *_texts(one)] for one in answered]
-    table = wandb.Table(columns=["images", *_COLUMNS], data=rows)
-    wandb.log({"eval/answers": table, "train/global_step": step})
+    # In a table's cell W&B keeps no picture of an offline run, and none of a list.
+    pictures = [wandb.Image(picture, caption=_caption(one)) for one in answered for picture in _pictures(one)]
+    table = wandb.Table(columns=list(_COLUMNS), data=[list(_texts(one)) for one in answered])
+    logged = {"eval/answers": table, "train/global_step": step} | ({"eval/pictures": pictures} if pictures else {})
+    wandb.log(logged)
 
 
 _COLUMNS = ("id", "prompt", "answer", "references")
@@ -55,6 +57,10 @@ _COLUMNS = ("id", "prompt", "answer", "references")
 def _texts(one: Answered) -> tuple[str, str, str, str]:
     prompt = "\n".join(message.text for message in one.sample.prompt if message.role == "user")
     return one.sample.id, prompt, one.answer, " | ".join(one.sample.references)
+
+
+def _caption(one: Answered) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in zip(_COLUMNS, _texts(one), strict=True))
 
 
 def _pictures(one: Answered) -> list[Image.Image]:
