@@ -113,6 +113,23 @@ def test_the_same_picture_saved_otherwise_looks_alike(tmp_path: Path, make_photo
     assert alike(*others[:2], *same, *others[2:], mirrored) == [[2, 3, 4, 5]]
 
 
+def test_noise_of_a_plain_background_is_no_edge(tmp_path: Path, make_photo: Photo) -> None:
+    """A third of the picture is plain sky with a camera's noise, which no two ways of saving keep alike."""
+
+    def with_sky(seed: int) -> Image.Image:
+        rng = np.random.default_rng(seed)
+        pixels = np.asarray(make_photo(seed, (500, 375))).astype(np.int16) + rng.integers(-12, 12, (375, 500, 3))
+        pixels[:150] = 230 + rng.integers(-4, 5, (150, 500, 3))
+        return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+    refs = []
+    for seed in range(12):
+        picture = with_sky(seed)
+        refs.append(saved(picture, tmp_path / f"{seed}.jpg", quality=92))
+        refs.append(saved(picture.resize((640, 480)), tmp_path / f"{seed}b.jpg", quality=60))
+    assert sorted(alike(*refs)) == [[n, n + 1] for n in range(0, 24, 2)]
+
+
 def test_colour_and_plain_pictures(tmp_path: Path, make_photo: Photo) -> None:
     red, blue = (saved(Image.new("RGB", (64, 64), color), tmp_path / f"{color}.png") for color in ("red", "blue"))
     assert alike(red, blue) == []

@@ -33,6 +33,8 @@ TINY_SIDE = 32
 LONG_RATIO = 8
 # A picture whose brightness spans less than this has no edges to be compared by.
 LEAST_CONTRAST = 12
+# Grey levels by which neighbours must differ to count as an edge: in a plain sky or background noise alone differs.
+LEAST_EDGE = 2
 # What each way of verifying finds before training; the rest stops a run where it is met.
 FOUND_BY = {
     "off": ("missing", "empty"),
@@ -204,6 +206,6 @@ def _look(small: Image.Image) -> tuple[tuple[int, int] | None, bytes]:
     down = np.asarray(grey.resize((8, 9), Image.Resampling.BOX), dtype=np.int16)
     if int(across.max()) - int(across.min()) < LEAST_CONTRAST:
         return None, colors
-    bits = (across[:, 1:] > across[:, :-1], down[1:] > down[:-1])
+    bits = (across[:, 1:] - across[:, :-1] > LEAST_EDGE, down[1:] - down[:-1] > LEAST_EDGE)
     first, second = (int.from_bytes(np.packbits(side).tobytes(), "big") for side in bits)
     return (first, second), colors
