@@ -20,6 +20,7 @@ from vlmtune.errors import ConfigError
 
 STEP = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "1", "--logging_steps", "1", "--torch_dtype", "float32"]
+ENDLESS = ["--max_steps", "100000", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1"]
 
 
 @pytest.fixture
@@ -65,6 +66,21 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return out, err
 
 
+def started_long(model: Path, data: Path, output: Path, *more: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start a run that does not end, and return it with its ranks once it trains."""
+    flags = arguments(model, data, output, *more, *ENDLESS)
+    process = start(["-m", "vlmtune.cli", "train", *flags])
+    until = time.monotonic() + 240
+    while not list(output.glob("checkpoint-*/manifest.json")):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[1][-4000:]
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not list a process's children")
+    return process, [int(pid) for pid in children.read_text().split()]
+
+
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [entry["loss"] for entry in lines if "loss" in entry]
@@ -91,17 +107,7 @@ def test_an_error_is_told_once_with_its_exit_code(tmp_path, tiny_gemma3_dir) -> 
 
 
 def test_a_rank_that_dies_ends_the_others_with_the_reason(tiny_gemma3_dir, data, tmp_path) -> None:
-    flags = arguments(tiny_gemma3_dir, data, tmp_path / "run", "--devices", "2", "--max_steps", "100000")
-    process = start(["-m", "vlmtune.cli", "train", *flags])
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "step 1/" in line:
-            break
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        pytest.skip("this system does not list a process's children")
-    ranks = [int(pid) for pid in children.read_text().split()]
+    process, ranks = started_long(tiny_gemma3_dir, data, tmp_path / "run", "--devices", "2")
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
@@ -111,6 +117,33 @@ def test_a_rank_that_dies_ends_the_others_with_the_reason(tiny_gemma3_dir, data,
     assert "Rank 1 of 2" in err
     assert "was ended by SIGKILL" in err
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("signalled", ["every process", pytest.param("the launcher", marks=pytest.mark.slow)])
+def test_a_signal_saves_and_its_exit_code_is_handed_on(signalled, tiny_gemma3_dir, data, tmp_path) -> None:
+    """Slurm signals every process of a task; a rank then gets its launcher's copy too, which is no second signal."""
+    process, ranks = started_long(tiny_gemma3_dir, data, tmp_path / "run", "--devices", "2")
+    for pid in [*(ranks if signalled == "every process" else []), process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err[-3000:]
+    assert err.count("stopped: ") == 1
+    assert "error: " not in err and "again" not in err
+    step = re.search(r"stopped: SIGTERM came; step (\d+) was finished", err)
+    assert step is not None
+    assert (tmp_path / "run" / f"checkpoint-{step[1]}" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_node_stops_the_others_with_its_exit_code(tiny_gemma3_dir, data, tmp_path) -> None:
+    flags = ["--nodes", "2", "--rendezvous", "localhost:29513"]
+    train = ["-m", "vlmtune.cli", "train", *arguments(tiny_gemma3_dir, data, tmp_path / "run", *flags, *ENDLESS)]
+    other = start(train)
+    process, _ = started_long(tiny_gemma3_dir, data, tmp_path / "run", *flags)
+    process.send_signal(signal.SIGTERM)
+    for node in (process, other):
+        _, err = node.communicate(timeout=120)
+        assert node.returncode == 75, err[-3000:]
 
 
 @pytest.mark.slow

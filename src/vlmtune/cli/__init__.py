@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from vlmtune.cli.cache_features import cache_features
 from vlmtune.cli.chat import chat
 from vlmtune.cli.check import check
-from vlmtune.cli.common import set_up_output
+from vlmtune.cli.common import SAVED_AND_STOPPED, set_up_output
 from vlmtune.cli.compare import compare
 from vlmtune.cli.convert import convert
 from vlmtune.cli.demo import demo
@@ -33,9 +33,6 @@ from vlmtune.cli.serve import serve
 from vlmtune.cli.train import train
 from vlmtune.config.secrets import redact
 from vlmtune.errors import ConfigError, StoppedBySignal, VlmtuneError, nearest
-
-# EX_TEMPFAIL of sysexits.h: try again.
-SAVED_AND_STOPPED = 75
 
 OVERVIEW = """\
 vlmtune fine-tunes vision-language models on your own images, and says whether it worked.

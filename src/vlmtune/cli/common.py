@@ -15,6 +15,8 @@ from vlmtune.errors import ConfigError, nearest
 
 logger = logging.getLogger("vlmtune")
 SECONDS_BETWEEN_LINES = 30
+# Exit code of a run that a signal ended after a checkpoint: EX_TEMPFAIL of sysexits.h, try again.
+SAVED_AND_STOPPED = 75
 
 
 def asks_help(argv: list[str]) -> bool:

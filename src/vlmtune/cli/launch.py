@@ -16,14 +16,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmtune.cli.common import recipe_and_flags
+from vlmtune.cli.common import SAVED_AND_STOPPED, recipe_and_flags
 from vlmtune.config.devices import DeviceOptions
 from vlmtune.config.secrets import redact
-from vlmtune.errors import ConfigError, VlmtuneError
+from vlmtune.errors import ConfigError, StoppedBySignal, VlmtuneError
 
 logger = logging.getLogger("vlmtune.launch")
 
@@ -186,8 +186,10 @@ def _launch(command: list[str], devices: int, nodes: int, rendezvous: str | None
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             return _say_why(error.failures, devices * nodes)
-        except SignalException as stopped:
-            return 128 + int(stopped.sigval)
+        except SignalException as received:
+            # By now the processes have had their time to save.
+            left = [_told(json.loads(file.read_text())) for file in Path(logs).rglob("error.json")]
+            return _say_stopped(left) or 128 + int(received.sigval)
         except (RuntimeError, OSError, ValueError) as error:
             raise VlmtuneError(
                 f"The nodes could not meet at {rendezvous}: {' '.join(str(error).split())}. The host must be one of "
@@ -196,11 +198,24 @@ def _launch(command: list[str], devices: int, nodes: int, rendezvous: str | None
     return 0
 
 
+def _say_stopped(left: Iterable[dict[str, Any]]) -> int:
+    """Print that a signal ended the run after a checkpoint and return its exit code; 0 where it was not so.
+
+    All ranks agree on the step before they save and wait for one another after it, so one that says it speaks for all.
+    """
+    stopped = next((told for told in left if told.get("stopped")), None)
+    if stopped is None:
+        return 0
+    print(f"stopped: {stopped['text']}", file=sys.stderr)
+    return SAVED_AND_STOPPED
+
+
 def _say_why(failures: Mapping[int, Any], processes: int) -> int:
     """Print why the first process stopped, which ended the others, and return its exit code."""
-    reason = min(failures.items(), key=_order)
-    number, failure = reason
-    told, code = _told(failure), int(failure.exitcode)
+    if code := _say_stopped(_told(failure.error_file_data) for failure in failures.values()):
+        return code
+    number, failure = min(failures.items(), key=_order)
+    told, code = _told(failure.error_file_data), int(failure.exitcode)
     if code < 0:
         name = signal.Signals(-code).name
         why = " The system kills a process that takes too much memory (`dmesg` says so)." if name == "SIGKILL" else ""
@@ -210,7 +225,7 @@ def _say_why(failures: Mapping[int, Any], processes: int) -> int:
     else:
         message = f"Rank {number} of {processes} stopped: {told.get('text', f'exit code {code}')}"
         print(told.get("traceback", ""), file=sys.stderr, end="")
-    alike = [n for n, other in failures.items() if _told(other).get("text") == told.get("text", "")]
+    alike = [n for n, other in failures.items() if _told(other.error_file_data).get("text") == told.get("text", "")]
     if told.get("known") and len(alike) < processes:
         message += f" (Rank {number} of {processes} found it, and the others were ended.)"
     elif not told.get("known"):
@@ -222,14 +237,14 @@ def _say_why(failures: Mapping[int, Any], processes: int) -> int:
 def _order(failure: tuple[int, Any]) -> tuple[bool, bool, float]:
     """The reason comes first: not one that was ended for it, nor one that lost its peer; else the earliest."""
     found = failure[1]
-    told = _told(found)
+    told = _told(found.error_file_data)
     ended = found.exitcode == -signal.SIGTERM
     lost = bool(LOST_PEER.search(told.get("text", ""))) or found.exitcode == -signal.SIGABRT
     return ended, lost, float(told.get("moment", found.timestamp))
 
 
-def _told(failure: Any) -> dict[str, Any]:
-    found = failure.error_file_data.get("message")
+def _told(file: Mapping[str, Any]) -> dict[str, Any]:
+    found = file.get("message")
     return found.get("vlmtune", {}) if isinstance(found, dict) else {}
 
 
@@ -242,6 +257,7 @@ def leave_reason(error: BaseException) -> bool:
     text = redact(str(error) if isinstance(error, VlmtuneError) else f"{type(error).__name__}: {error}")
     stack = redact(traceback.format_exc())
     told = {"text": text, "known": isinstance(error, VlmtuneError), "moment": moment, "traceback": stack}
+    told["stopped"] = isinstance(error, StoppedBySignal)
     # The layout that torch's launcher reads.
     extra = {"py_callstack": stack, "timestamp": str(int(moment))}
     Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra, "vlmtune": told}}))

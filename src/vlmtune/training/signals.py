@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+# Slurm signals every process of a task, and a launcher among them hands the signal on to its ranks.
+HANDED_ON_WITHIN_SECONDS = 2
 
 
 class StopNow(BaseException):
@@ -28,6 +32,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._at_once = False
+        self._moment = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -58,13 +63,20 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         # No logging here: the signal may have come while the logger's lock is held.
         name = signal.Signals(number).name
+        if self.received == number and self._is_handed_on():
+            return
         if self.received:
             _say(f"{name} again: ended at once")
             os._exit(128 + number)
-        self.received = number
+        self.received, self._moment = number, time.monotonic()
         _say(f"{name}: the run ends after this step and a checkpoint; once more ends it at once")
         if self._at_once:
             raise StopNow
+
+    def _is_handed_on(self) -> bool:
+        """Whether this may be a launcher's copy of the signal that this process has received already."""
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ
+        return launched and time.monotonic() - self._moment < HANDED_ON_WITHIN_SECONDS
 
 
 def _say(text: str) -> None:
