@@ -16,6 +16,9 @@ from vlmtune.data.formats.questions import question_sample
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import ImageRef, Sample
 
+# Its folder in the repository and in the archive.
+DOWNLOADED = "ChartQA Dataset"
+
 
 def detect(path: Path) -> bool:
     """Whether ``path`` is a file of ChartQA questions, a folder of one split, or a folder of splits."""
@@ -61,7 +64,8 @@ def _files(path: Path) -> dict[str, list[Path]]:
         return {"": [path]} if _is_questions(path) else {}
     if own := _in_folder(path):
         return {"": own}
-    return {name: files for name in SPLITS if (files := _in_folder(path / name))}
+    roots = [path, path / DOWNLOADED]
+    return {name: files for root in roots for name in SPLITS if (files := _in_folder(root / name))}
 
 
 def _in_folder(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """DocVQA and its relatives (InfographicVQA): questions about pages with several right answers (docvqa.org).
 
-``train_v1.0_withQT.json`` holds ``data``: a list of ``questionId``, ``question``, ``image`` and ``answers``. Pages lie
-in ``documents/``, ``spdocvqa_images/`` or beside the file.
+``train_v1.0_withQT.json`` holds ``data``: a list of ``questionId``, ``question``, ``image`` and ``answers``. It lies in
+the folder named, in one of the split (``train/``), or in one of questions (``spdocvqa_qas/``); pages in ``documents/``,
+``spdocvqa_images/`` or beside the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from vlmtune.data.formats.base import QUESTION, Format, Source
 from vlmtune.data.formats.files import (
+    SPLITS,
     RowError,
     chosen,
     find_folder,
@@ -27,6 +29,7 @@ from vlmtune.data.formats.questions import question_sample
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import ImageRef, Sample
 
+QUESTION_FOLDERS = ("spdocvqa_qas", "infographicsvqa_qas", "qas")
 PAGE_FOLDERS = ("", "spdocvqa_images", "documents", "images", "infographicsvqa_images")
 
 
@@ -82,7 +85,13 @@ def _page(row: dict[str, Any]) -> Any:
 def _files(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {"": path} if _is_questions(path) else {}
-    return name_splits(file for file in sorted(path.iterdir()) if file.is_file() and _is_questions(file))
+    return name_splits(
+        _in_folder(path) or [file for name in (*QUESTION_FOLDERS, *SPLITS) for file in _in_folder(path / name)]
+    )
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.json*")) if file.is_file() and _is_questions(file)]
 
 
 def _is_questions(file: Path) -> bool:

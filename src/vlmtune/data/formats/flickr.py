@@ -8,6 +8,10 @@ Layouts, by the captions file in the folder:
 * ``results.csv``, ``results*.csv``: ``image_name| comment_number| comment`` (Flickr30k); one row of the
   published file lacks its second bar and is read all the same
 * ``dataset*.json``: Karpathy's splits, ``{"images": [{"filename", "split", "sentences"}]}``
+* ``flickr_annotations_30k.csv``: the same as CSV, with the columns ``raw`` (a JSON list), ``split`` and ``filename``
+
+The file lies in the folder named, or in that of the archive: ``Flickr8k_text/`` beside ``Flicker8k_Dataset/``, or
+``flickr30k_images/`` with the images in a folder of the same name.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ IMAGE_FOLDERS = (
     "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "Flicker8k_Images", "flickr30k_images",
     "flickr30k-images", "Flickr30k_Images",
 )  # fmt: skip
+# Folders of the archives that hold the captions file.
+TEXT_FOLDER = "Flickr8k_text"
+CAPTION_FOLDERS = (TEXT_FOLDER, "flickr30k_images")
 # "2199200615.jpg| 4   A dog runs across the grass ." is the row without its second bar.
 _BARS = re.compile(r"^(?P<name>[^|]+?)\s*\|\s*(?P<number>\d+)\s*(?:\|\s*|\s+)(?P<caption>.*)$")
 _HASH = re.compile(r"^(?P<name>.+?)#(?P<number>\d+)\s*\t\s*(?P<caption>.*)$")
@@ -71,6 +78,8 @@ def splits(path: Path) -> tuple[str, ...]:
         return ()
     if file.suffix == ".json":
         return tuple(sorted({split for image in _karpathy(file) if (split := _karpathy_split(image))}))
+    if _kind(file) == "lists":
+        return tuple(sorted({caption.split for caption in _list_rows(file, Quarantine()) if caption.split}))
     return tuple(sorted(_split_files(file.parent)))
 
 
@@ -82,6 +91,14 @@ def captions_file(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if _kind(path) else None
+    if not path.is_dir():
+        return None
+    return next(
+        (file for folder in (path, *(path / name for name in CAPTION_FOLDERS)) if (file := _in_folder(folder))), None
+    )
+
+
+def _in_folder(path: Path) -> Path | None:
     if not path.is_dir():
         return None
     found = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(file)]
@@ -101,10 +118,11 @@ def image_folder(folder: Path, named: Path | None) -> Path:
     """
     if named is not None:
         return named_folder(named)
-    for name in IMAGE_FOLDERS:
-        if (folder / name).is_dir():
-            inside = folder / name / name
-            return inside if inside.is_dir() else folder / name
+    for root in [folder, folder.parent] if folder.name == TEXT_FOLDER else [folder]:
+        for name in IMAGE_FOLDERS:
+            if (root / name).is_dir():
+                inside = root / name / name
+                return inside if inside.is_dir() else root / name
     if any(file.suffix.lower() in EXTENSIONS for file in folder.iterdir()):
         return folder
     raise DataError(
@@ -127,6 +145,8 @@ def _kind(file: Path) -> str | None:
     columns = [column.strip().lower() for column in line.split(",")]
     if columns == ["image", "caption"] or columns == ["image_name", "caption"]:
         return "csv"
+    if {"raw", "split", "filename"} <= set(columns):
+        return "lists"
     if re.match(r"^image_name\s*\|\s*comment_number\s*\|\s*comment", line, re.IGNORECASE):
         return "bars"
     return "hash" if _HASH.match(line) and name.startswith("captions") else None
@@ -136,6 +156,9 @@ def _rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
     kind = _kind(file)
     if kind == "karpathy":
         yield from _karpathy_rows(file, quarantine)
+        return
+    if kind == "lists":
+        yield from _list_rows(file, quarantine)
         return
     if kind == "csv":
         yield from _csv_rows(file, quarantine)
@@ -192,6 +215,26 @@ def _csv_row(text: str) -> list[str] | None:
     except csv.Error as error:
         # A caption that begins with a quoted word, as in: a.jpg,"Stop" says the sign
         return None if "end of data" in str(error) else text.split(",", 1)
+
+
+def _list_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
+    """Read CSV whose ``raw`` is a JSON list of captions; such a file has no text of several lines."""
+    columns: list[str] = []
+    for place, text in _lines(file, quarantine, header=False):
+        fields = _csv_row(text) or []
+        if not columns:
+            columns = fields
+            continue
+        row = dict(zip(columns, fields, strict=False))
+        try:
+            captions = json.loads(row["raw"])
+        except (KeyError, ValueError, RecursionError):
+            captions = None
+        if not isinstance(captions, list) or not row.get("filename"):
+            quarantine.add(place, "unreadable row", f"{text[:80]!r} lacks 'filename', or a list of captions in 'raw'")
+            continue
+        for caption in captions:
+            yield Caption(place, row["filename"], str(caption), _karpathy_split({"split": row.get("split")}))
 
 
 def _karpathy(file: Path) -> list[dict[str, object]]:

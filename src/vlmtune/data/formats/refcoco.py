@@ -31,7 +31,10 @@ from vlmtune.errors import DataError
 
 # Who divided the phrases: each data set's usual division first.
 DIVISIONS = ("refs(unc).p", "refs(umd).p", "refs(google).p")
-IMAGES = ("train2014", "images/train2014", "images/mscoco/images/train2014", "images", "")
+IMAGES = (
+    "train2014", "images/train2014", "images/mscoco/images/train2014", "images/mscoco", "images/mscoco/train2014",
+    "coco/train2014", "coco/images/train2014", "mscoco/train2014", "images", "",
+)  # fmt: skip
 
 
 def detect(path: Path) -> bool:

@@ -40,7 +40,7 @@ def detect(path: Path) -> bool:
 
 
 def splits(path: Path) -> tuple[str, ...]:
-    """Names of the splits: ``train`` for ``..._train2014_questions.json``; none for a file."""
+    """Names of the splits: ``train`` for ``..._train2014_questions.json``, ``test-dev``; none for a file."""
     return tuple(name for name in _files(path) if name)
 
 
@@ -133,7 +133,11 @@ def _files(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {"": path} if _is_questions(path) else {}
     found = [file for folder in (path, path / "questions") if folder.is_dir() for file in sorted(folder.iterdir())]
-    return name_splits(file for file in found if file.is_file() and _is_questions(file))
+    files = [file for file in found if file.is_file() and _is_questions(file)]
+    tags = [_TAG.search(file.name) for file in files]
+    names = [f"{tag[1]}{tag[2] or ''}".lower() if tag else "" for tag in tags]
+    # Only where the test questions lie beside those of test-dev does a name need more than the split.
+    return dict(zip(names, files, strict=True)) if all(names) and len(set(names)) == len(names) else name_splits(files)
 
 
 def _is_questions(file: Path) -> bool:
