@@ -177,6 +177,14 @@ def test_the_command(layouts: Any, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--to messages|parquet|webdataset" in shown and "--image_dir" in shown and "--max_length" not in shown
 
 
+def test_columns_of_other_names(messages_file: Any, tmp_path: Path) -> None:
+    file = messages_file([{"photo": "0.jpg", "ask": "What is this?", "kind": "A dog."}])
+    named = ["--dataset_format", "messages", "--columns", "image=photo", "question=ask", "answer=kind"]
+    assert main(["convert", str(file), "--to", "parquet", "--output", str(tmp_path / "out"), *named]) == 0
+    (sample,) = map(Sample.from_row, load_samples(tmp_path / "out").dataset)
+    assert (sample.prompt[0].text, sample.target, len(sample.images)) == ("What is this?", "A dog.", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import socket
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 
+from vlmtune.cli import main
 from vlmtune.config import VLMDataArguments
 from vlmtune.data import remote
+from vlmtune.data.conversion.targets import TARGETS
 from vlmtune.data.hashes import user_cache_dir
+from vlmtune.data.images import content_of
 from vlmtune.data.loading import LoadedData, load_samples
 from vlmtune.data.sample import Sample
 from vlmtune.errors import ConfigError, DataError
@@ -202,3 +206,30 @@ def test_a_cache_that_cannot_be_written_is_named(
 def test_hosts_go_with_the_permission() -> None:
     with pytest.raises(ConfigError, match="private_image_hosts goes with allow_remote_images: true alone"):
         VLMDataArguments(dataset_path="x", private_image_hosts=["photos.lan"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_converted_data_hold_the_images_and_need_no_address(
+    site: Site,
+    messages_file: Write,
+    image_folder: Path,
+    tmp_path: Path,
+    target: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = messages_file([row(f"{site.url}/0.jpg", 0), row("1.jpg", 1), row(f"{site.url}/gone.jpg", 2)])
+    out = tmp_path / "out"
+    arguments = ["convert", str(path), "--to", target, "--output", str(out), "--max_bad_fraction"]
+    assert main([*arguments, "0.5"]) == 1
+    assert "allow_remote_images" in capsys.readouterr().err and not out.exists()
+    allowed = ["--allow_remote_images", "true", "--private_image_hosts", site.host]
+    assert main([*arguments, "0.5", *allowed]) == 0
+    assert "2 of 3 rows written, 1 left out" in capsys.readouterr().out
+    (left_out,) = json.loads((out / "manifest.json").read_text())["left_out"]
+    assert left_out["id"] == "r2" and "gone.jpg" in left_out["reason"]
+    site.seen.clear()
+    back = load_samples(out)
+    contents = [content_of(Sample.from_row(found).images[0]) for found in back.dataset]
+    assert contents == [(image_folder / f"{number}.jpg").read_bytes() for number in (0, 1)]
+    assert not back.quarantine.rows and not site.seen
+    assert all(site.url not in str(found["images"]) for found in back.dataset)

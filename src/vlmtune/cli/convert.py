@@ -19,7 +19,7 @@ OWN_OPTIONS = """\
 """
 # Options of training that say how data are read.
 SHARED = (
-    *("dataset_format", "image_dir", "prompt", "max_bad_fraction", "verify_images", "max_pixels"),
+    *("dataset_format", "image_dir", "prompt", "columns", "max_bad_fraction", "verify_images", "max_pixels"),
     *("allow_remote_images", "private_image_hosts"),
 )
 FLAGS = ("--to", "--output", "--split", "--images", "--shard_mb")
@@ -74,6 +74,7 @@ def convert(argv: list[str]) -> int:
         split=given["--split"],
         image_dir=options.image_dir,
         prompt=options.prompt,
+        columns=options.columns or (),
         max_bad_fraction=options.max_bad_fraction,
         verify_images=options.verify_images,
         max_pixels=options.max_pixels,

@@ -50,6 +50,7 @@ def convert(
     split: str | None = None,
     image_dir: str | Path | None = None,
     prompt: str | None = None,
+    columns: Sequence[str] = (),
     max_bad_fraction: float = 0.01,
     verify_images: images.Check = "full",
     max_pixels: int | None = None,
@@ -69,6 +70,7 @@ def convert(
         split: the split to convert; by default all that the data name.
         image_dir: as :func:`~vlmtune.data.loading.load_samples`.
         prompt: as there.
+        columns: as there.
         max_bad_fraction: largest share of rows that may be left out.
         verify_images: how images are checked; ``full`` by default, so that none is written that cannot be decoded.
         max_pixels: larger images are left out.
@@ -95,7 +97,7 @@ def convert(
         writer = TARGETS[target](folder, shard_bytes=shard_mb << 20, keep_images=keep_images)
         for name in names:
             data = load_samples(
-                path, format=chosen.name, split=name, image_dir=image_dir, prompt=prompt,
+                path, format=chosen.name, split=name, image_dir=image_dir, prompt=prompt, columns=columns,
                 max_bad_fraction=max_bad_fraction, verify_images=verify_images, max_pixels=max_pixels,
                 allow_remote_images=allow_remote_images, private_image_hosts=private_image_hosts,
             )  # fmt: skip
