@@ -3,6 +3,8 @@
 
 VENV ?= .venv
 JOBS ?= 2
+# The newest transformers that everything was tried with; constraints.txt pins the oldest.
+TRANSFORMERS ?= 5.24.0
 ARGS ?=
 BIN := $(VENV)/bin
 IN_RANGE := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -12,10 +14,10 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults families audit licences check format bench pins hooks clean distclean
+.PHONY: help install demo test test-slow test-transformers test-faults families audit licences check format bench pins hooks clean distclean
 
 help:  ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-17s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.installed-demo  ## fine-tune the shipped tiny Gemma-3 and show what it learned (under 4 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/vlmtune demo $(ARGS)
@@ -26,10 +28,19 @@ test: $(VENV)/.installed-dev  ## run the tests on both cores (ARGS="-k name" for
 test-slow: $(VENV)/.installed-dev  ## run the tests that take minutes each, which `make test` leaves out
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
+OTHER := $(VENV)/transformers-$(TRANSFORMERS)
+WITH_OTHER := PYTHONPATH=$(abspath $(OTHER))
+test-transformers: $(VENV)/.installed-dev $(OTHER)  ## prove the families on another transformers (TRANSFORMERS=5.24.0)
+	@$(WITH_OTHER) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(TRANSFORMERS)', t.__file__"
+	$(WITH_OTHER) $(BIN)/python -m pip check
+	$(WITH_OTHER) $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) -m "not slow or proves" \
+		tests/parity tests/models tests/invariants tests/batching $(ARGS)
+
 families: $(VENV)/.installed-dev  ## prove every family anew, and write what is supported to docs/families.md
 	$(TEST_ENV) $(BIN)/python -m pytest -m proves tests/parity/test_families.py tests/invariants/test_sharing.py \
 		--write-proofs src/vlmtune/models/families/proved.json
 	$(BIN)/python scripts/write_families.py
+
 test-faults: $(VENV)/.installed-dev  ## kill, stop and starve real runs again and again (half an hour on one core)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) tests/faults $(ARGS)
 
@@ -74,6 +85,9 @@ distclean: clean  ## clean, and delete the virtual environment
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$*]'
 	@touch $@
+
+$(VENV)/transformers-%: | $(BIN)/python
+	$(BIN)/python -m pip install -q --no-deps --target $@ transformers==$*
 
 $(BIN)/python:
 	@python=$${PYTHON:-$$(for p in python3 python3.12 python3.11 python3.13; do \

@@ -49,7 +49,14 @@ def save_model_and_processor(
         model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         save_as_plain(model, folder)
     else:
-        model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+        text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        cached = text_config.use_cache
+        # Training turns the cache off; whoever loads the model generates with it.
+        text_config.use_cache = True
+        try:
+            model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+        finally:
+            text_config.use_cache = cached
     processor.save_pretrained(folder)
     base = base_model(model)
     origin = {
