@@ -40,7 +40,8 @@ from utils import (
 )
 from vlmtune import VlmtuneError, get_family, load_processor, parse_recipe, prepare_full_finetuning
 from vlmtune.batching.scan import scan
-from vlmtune.data.loading import fingerprint, load_train_and_eval
+from vlmtune.data.fingerprint import fingerprint
+from vlmtune.data.loading import load_train_and_eval
 from vlmtune.errors import ConfigError
 from vlmtune.models.loading import load_config
 from vlmtune.training.output_dir import find_start

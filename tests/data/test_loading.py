@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from vlmtune.config import VLMDataArguments
+from vlmtune.data.fingerprint import fingerprint
 from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import (
     FlickrDatasetLoader,
     GenericVLMDatasetLoader,
     LoadedData,
-    fingerprint,
     load_samples,
     load_train_and_eval,
     split_by_image,

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from vlmtune.batching.collator import SharedImageCollator, create_data_collator
-from vlmtune.data.loading import fingerprint, load_samples
+from vlmtune.data.fingerprint import fingerprint
+from vlmtune.data.loading import load_samples
 from vlmtune.errors import ConfigError, ModelError, NonFiniteError, OutputError, QuarantineError, ResumeError
 from vlmtune.evaluation.card import CARD, leave_card
 from vlmtune.models.families import FAMILIES

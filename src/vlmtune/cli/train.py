@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from vlmtune.cli.common import asks_help, print_help, progress, recipe_and_flags
+from vlmtune.cli.common import asks_help, print_help, progress, quick_imports, recipe_and_flags
 from vlmtune.cli.launch import on_devices, rank
 
 
@@ -25,12 +25,14 @@ def train(argv: list[str]) -> int:
             without=("eval_samples", "honesty"),
         )
         return 0
-    from vlmtune.config import TrainingArguments, parse_recipe
+    with quick_imports():
+        from vlmtune.config import TrainingArguments, parse_recipe
 
     classes = [ModelWithLoRAArguments, VLMDataArguments, TrainingArguments, EvaluationArguments]
     if (code := on_devices("train", argv, classes)) is not None:
         return code
-    from vlmtune.training.run import run_training
+    with quick_imports():
+        from vlmtune.training.run import run_training
 
     recipe_path, flags = recipe_and_flags(argv)
     recipe = parse_recipe(flags, recipe_path)

@@ -10,7 +10,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlmtune.data import archives
 from vlmtune.data.sample import ImageRef
+from vlmtune.data.watched import on_each
 from vlmtune.errors import ImageError
 
 # Twice Pillow's warning threshold, where Pillow itself refuses: 179 megapixels, 0.5 GiB as RGB.
@@ -89,14 +90,18 @@ def _within(seconds: float, image: ImageRef, action: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise ImageError(
-            f"{image.name} could not be read and decoded within {seconds:g} s: its file or its disk hangs. Replace it, "
-            "or raise image_timeout if the disk is that slow."
-        )
+        raise ImageError(_too_slow(image, seconds))
     found, error = outcome[0]
     if error is not None:
         raise error
     return cast(T, found)
+
+
+def _too_slow(image: ImageRef, seconds: float) -> str:
+    return (
+        f"{image.name} could not be read and decoded within {seconds:g} s: its file or its disk hangs. Replace it, "
+        "or raise image_timeout if the disk is that slow."
+    )
 
 
 def check(
@@ -110,11 +115,25 @@ def check(
         max_pixels: as in :func:`decode`.
         timeout: as in :func:`decode`.
     """
+    return check_all([image], how, max_pixels=max_pixels, timeout=timeout)[0]
+
+
+def check_all(
+    images: Sequence[ImageRef], how: Check = "header", *, max_pixels: int | None = None, timeout: float = TIMEOUT
+) -> list[str | None]:
+    """Return what :func:`check` says of each image; a few at once."""
+    find = partial(_problem, how=how, max_pixels=max_pixels)
+    if how == "off":
+        return [find(image) for image in images]
+    return on_each(images, find, timeout, partial(_too_slow, seconds=timeout))
+
+
+def _problem(image: ImageRef, how: Check, max_pixels: int | None) -> str | None:
     try:
         if how == "full":
-            decode(image, max_pixels=max_pixels, timeout=timeout)
+            _decode(image, max_pixels)
         elif how == "header":
-            _within(timeout, image, lambda: _open(image, max_pixels).close())
+            _open(image, max_pixels).close()
         elif image.path is not None and image.bytes is None:
             _require_place(image.path)
     except ImageError as error:

@@ -20,7 +20,7 @@ import datasets
 import torch
 from torch import nn
 
-from vlmtune.data.loading import fingerprint
+from vlmtune.data.fingerprint import fingerprint
 from vlmtune.data.sample import Sample
 from vlmtune.errors import EvaluationError, OutputError
 from vlmtune.evaluation.answering import Answerer, Prediction

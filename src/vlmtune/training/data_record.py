@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.batching.scan import Scan
-from vlmtune.data.loading import LoadedData, fingerprint
+from vlmtune.data.fingerprint import fingerprint
+from vlmtune.data.loading import LoadedData
 from vlmtune.files import write_whole
 
 

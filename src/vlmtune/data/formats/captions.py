@@ -32,7 +32,7 @@ def caption_samples(
         quarantine: where empty captions go.
         prefix: begins every sample's id.
     """
-    asked = own_prompt(prompt, "") or DEFAULT_CAPTION_PROMPT
+    question = Message.make("user", own_prompt(prompt, "") or DEFAULT_CAPTION_PROMPT, images=1)
     by_image: dict[str, list[Caption]] = {}
     for caption in captions:
         if caption.text.strip():
@@ -47,7 +47,7 @@ def caption_samples(
             yield Sample(
                 id=f"{prefix}{name}#{number}",
                 images=(image,),
-                messages=(Message.make("user", asked, images=1), Message.make("assistant", text)),
+                messages=(question, Message.make("assistant", text)),
                 references=tuple(dict.fromkeys(texts)),
                 meta={"image": name} | ({"split": split} if split else {}),
             )
