@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vlmtune.cli import common
+from vlmtune.evaluation.metrics.captions import DocumentFrequencies
 
 from .test_cli_report import refused, vlmtune
 
@@ -49,6 +50,50 @@ def test_no_model_is_loaded(mine: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     said = capsys.readouterr()
     assert "rouge_l" in said.out and "iou cannot score these answers" in said.err
     assert "iou cannot score" in refused(capsys, 1, "evaluate", "--predictions", mine, "--metrics", "iou")
+
+
+def test_cider_by_the_frequencies_of_the_training_data(
+    mine: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flickr" / "Images").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "flickr" / "Images" / f"{number}.jpg").write_bytes(Path(image_folder, f"{number}.jpg").read_bytes())
+    texts = ["a dog runs", "a red dog", "a cat sleeps", "a cat on a chair", "a bird", "two birds"]
+    lines = "".join(f"{number // 2}.jpg,{text}\n" for number, text in enumerate(texts))
+    (tmp_path / "flickr" / "captions.txt").write_text("image,caption\n" + lines)
+    table = tmp_path / "df" / "df.json.gz"
+    data = ("--dataset_path", tmp_path / "flickr")
+    assert vlmtune("metrics", "--save_frequencies", table, *data) == 0
+    assert f"3 images of {tmp_path / 'flickr'}" in capsys.readouterr().out
+    assert DocumentFrequencies.load(table).counts["a",] == 3
+    assert vlmtune("evaluate", "--predictions", mine, "--metrics", f"cider:{table}", "cider") == 0
+    said = capsys.readouterr().out
+    assert f"cider:{table}" in said and said.count("note: CIDEr over 2 images") == 1
+    assert "already and will not be overwritten" in refused(capsys, 1, "metrics", "--save_frequencies", table, *data)
+    assert "dataset_path is not set" in refused(capsys, 2, "metrics", "--save_frequencies", tmp_path / "new.gz")
+    assert "is no table" in refused(capsys, 2, "evaluate", "--predictions", mine, "--metrics", "cider:nowhere.gz")
+
+
+def test_strict_vqa_accuracy(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine.write_text(json.dumps({"answer": "the dog", "references": ["dog"] * 10}))
+    assert vlmtune("evaluate", "--predictions", mine, "--metrics", "vqa_accuracy", "vqa_accuracy_strict") == 0
+    values = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert values == [["vqa_accuracy", "100.00"], ["vqa_accuracy_strict", "0.00"]]
+
+
+def test_missing_references_are_found_before_the_model_loads(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vlmtune.evaluation.command.load", lambda *a: pytest.fail("a model is loaded"))
+    rows = [{"image": str(image_folder / f"{i}.jpg"), "question": "?", "answer": "a dog"} for i in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--model_name_or_path", "m", "--dataset_path", tmp_path / "data.jsonl", "--evaluation_dir", tmp_path / "e")
+    said = refused(capsys, 1, "evaluate", *flags, "--metrics", "pope_f1", "iou")
+    assert "pope_f1 cannot score the references" in said and "iou cannot score the references" in said
+    rows = [{"messages": [{"role": "user", "content": f"Question {i}?"}]} for i in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "None of the 3 samples has references" in refused(capsys, 1, "evaluate", *flags)
+    assert not (tmp_path / "e").exists()
 
 
 def test_bad_files(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

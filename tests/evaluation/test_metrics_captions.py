@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlmtune.errors import ConfigError
 from vlmtune.evaluation.metrics import METRICS, get_metric
 from vlmtune.evaluation.metrics.captions import (
     DocumentFrequencies,
@@ -112,6 +115,30 @@ def test_cider_by_a_stored_table_needs_no_warning(tmp_path: Path) -> None:
     scores = cider([CAPTIONS[0]], [[CAPTIONS[0]]], frequencies=table)
     assert scores.value == pytest.approx(10)
     assert scores.notes == ()
+
+
+def test_cider_by_the_name_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "df.json.gz"
+    DocumentFrequencies.of([[text] for text in CAPTIONS]).save(path)
+    metric = get_metric(f"cider:{path}")
+    assert metric.name == f"cider:{path}" and not metric.percent
+    scores = metric.compute([CAPTIONS[0]], [[CAPTIONS[0]]])
+    assert scores.value == pytest.approx(10) and scores.notes == ()
+    # Another table of that name is read anew.
+    DocumentFrequencies.of([[CAPTIONS[0]]] * 2).save(path)
+    os.utime(path, ns=(0, 0))
+    assert get_metric(f"cider:{path}").compute([CAPTIONS[0]], [[CAPTIONS[0]]]).value == 0
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"counts", gzip.compress(b"{}"), gzip.compress(b'{"images": 0, "counts": {}}')]
+)
+def test_a_bad_table(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "df.json.gz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"df.json.gz is no table of document frequencies .*--save_frequencies"):
+        get_metric(f"cider:{path}")
 
 
 @pytest.mark.parametrize("name", ["bleu1", "bleu4", "rouge_l", "cider"])

@@ -14,7 +14,6 @@ from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.metrics.captions import bleu
 from vlmtune.evaluation.metrics.detection import match, mean_average_precision, mean_recall
 from vlmtune.evaluation.metrics.ptb import tokenize
-from vlmtune.evaluation.metrics.vqa import vqa_accuracy
 
 
 def read(path: Path):
@@ -70,7 +69,8 @@ def test_bleu_counts_the_published_ngrams(captions, expected) -> None:
 def test_vqa_accuracy_is_that_of_the_official_code(reference_files: Path) -> None:
     cases = read(reference_files / "vqa" / "vqa_official_cases.json")["cases"]
     answers, references = [case["prediction"] for case in cases], [case["answers"] for case in cases]
-    strict, default = vqa_accuracy(answers, references, strict=True), vqa_accuracy(answers, references)
+    names = ("vqa_accuracy_strict", "vqa_accuracy")
+    strict, default = (get_metric(name).compute(answers, references) for name in names)
     assert strict.per_sample * 100 == pytest.approx([case["official_acc"] for case in cases], abs=0.005)
     assert default.per_sample * 100 == pytest.approx([case["always_normalised_acc"] for case in cases], abs=0.005)
     assert round(strict.value * 100, 2) == 61.20

@@ -112,7 +112,8 @@ def test_wandb_gets_scores_pictures_and_texts(
     try:
         run_training(*run_arguments(tmp_path / "run", **options), ANSWERS)
     finally:
-        wandb.finish()
+        # Ends the process that writes, too.
+        wandb.teardown()
     folder = next((tmp_path / "wandb").glob("offline-run-*"))
     sent = next(folder.glob("*.wandb")).read_bytes()
     for name in (b"train/loss", b"eval/loss", b"eval/exact_match", b"eval/cer", b"eval/pictures", b"eval/answers"):
@@ -184,6 +185,21 @@ def test_no_references(processor, questions) -> None:
     rows = [row | {"references": []} for row in questions]
     with pytest.raises(EvaluationError, match="no evaluation sample has references"):
         AnswerScorer(rows, processor, ["exact_match"], ANSWERS, count=2)
+
+
+def test_a_metric_that_cannot_score_is_found_before_training(processor, questions) -> None:
+    with pytest.raises(EvaluationError, match="iou cannot score the references"):
+        AnswerScorer(questions, processor, ["exact_match", "iou"], ANSWERS, count=2)
+
+
+def test_what_a_metric_notes_is_said_once(fresh_model, processor, questions, caplog: pytest.LogCaptureFixture) -> None:
+    scorer = AnswerScorer(questions, processor, ["cider"], ANSWERS, count=2)
+    model = fresh_model()
+    with caplog.at_level(logging.INFO, "vlmtune.training"):
+        for _ in range(2):
+            scorer(model)
+    notes = [text for record in caplog.records if "CIDEr over" in (text := record.getMessage())]
+    assert len(notes) == 1 and notes[0].startswith("cider of the samples answered during training: CIDEr over 2 images")
 
 
 def test_no_evaluation_data(run_arguments, tmp_path: Path) -> None:

@@ -28,13 +28,15 @@ from vlmtune.data.loading import (
     subset,
 )
 from vlmtune.data.recognition import choose_format, resolve
-from vlmtune.data.sample import ImageRef
-from vlmtune.errors import ConfigError, DataError, VlmtuneError
+from vlmtune.data.sample import ImageRef, Sample
+from vlmtune.errors import ConfigError, DataError, OutputError, VlmtuneError
+from vlmtune.evaluation.before import require_scorable
 from vlmtune.evaluation.compare import compare, format_comparison
 from vlmtune.evaluation.defaults import default_metrics, metrics_of
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.honesty import check_honesty, format_honesty
 from vlmtune.evaluation.metrics import get_metric
+from vlmtune.evaluation.metrics.captions import DocumentFrequencies
 from vlmtune.evaluation.prediction import Predictor, read_questions, require_readable
 from vlmtune.evaluation.predictions_file import read_predictions
 from vlmtune.evaluation.runner import Progress, evaluate, format_table, keep, score, scored_samples
@@ -67,6 +69,7 @@ def run_evaluation(
     data = load_evaluation_data(data_args)
     data = stratified(data, evaluation_args.eval_samples, data_args.split_seed)
     metrics = evaluation_args.metrics or default_metrics(data.metrics, data.dataset)
+    require_scorable([Sample.from_row(row) for row in data.dataset], metrics)
     compared = read_predictions(output_args.compare_to) if output_args.compare_to else None
     folder = evaluation_folder(model_args, adapter_args, output_args)
     logger.info("evaluating on %s samples of %s", f"{len(data.dataset):,}", data.source)
@@ -142,6 +145,36 @@ def score_file(evaluation_args: EvaluationArguments, output_args: EvaluationOutp
         compared = compare(read_predictions(output_args.compare_to), predictions, list(found.table))
         lines += ["", format_comparison(compared)]
     return "\n".join(lines)
+
+
+def save_frequencies(data_args: VLMDataArguments, output: str) -> str:
+    """Write in how many images' references each n-gram of training data stands, for ``cider:FILE``.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        VlmtuneError: the data cannot be read, no sample has references, or the file is there already.
+    """
+    path = Path(output).expanduser()
+    if path.exists():
+        raise OutputError(f"{path} is there already and will not be overwritten. Name another file.")
+    data = load_train_and_eval(data_args)[0]
+    texts: dict[tuple[ImageRef, ...], dict[str, None]] = {}
+    for sample in scored_samples(data.dataset):
+        texts.setdefault(sample.images, {}).update(dict.fromkeys(sample.references))
+    if not texts:
+        raise DataError(f"No sample of {data.source} has references to count.")
+    frequencies = DocumentFrequencies.of(map(list, texts.values()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frequencies.save(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error
+    return (
+        f"{path} holds the document frequencies of {len(frequencies.counts):,} n-grams in the references of "
+        f"{frequencies.images:,} images of {data.source}. Name the metric cider:{output}."
+    )
 
 
 def predict(

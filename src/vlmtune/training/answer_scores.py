@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from vlmtune.config import EvaluationArguments, TrainingArguments
 from vlmtune.data.sample import Sample
 from vlmtune.errors import ConfigError, EvaluationError, nearest
+from vlmtune.evaluation.before import unscorable
 from vlmtune.evaluation.generation import AnswerGenerator
 from vlmtune.evaluation.metrics import Metric, get_metric
 from vlmtune.evaluation.metrics.robust import robust_scores
@@ -47,7 +48,7 @@ class AnswerScorer:
         between: called before each batch of answers; what it raises ends the scoring.
 
     Raises:
-        EvaluationError: no row has references.
+        EvaluationError: no row has references, or a metric can score none of them.
         ConfigError: a metric is unknown, or cannot be scored during training.
     """
 
@@ -74,9 +75,12 @@ class AnswerScorer:
             )
         # In an order of its own: a run out of time has then answered a random part, and the same one each time.
         self.samples = random.Random(seed).sample(samples, min(count, len(samples)))
+        if failed := unscorable(samples, metrics):
+            raise EvaluationError("\n".join(failed.values()))
         self.processor, self.options = processor, options
         self.max_seconds, self.max_pixels = max_seconds, max_pixels
         self.between: Callable[[], None] = lambda: None
+        self._noted: set[str] = set()
 
     def __call__(self, model: Any, *, rank: int = 0, world_size: int = 1) -> tuple[dict[str, float], list[Answered]]:
         """Answer and score.
@@ -118,9 +122,15 @@ class AnswerScorer:
         values: dict[str, float] = {}
         for name, metric in self.metrics.items():
             try:
-                values[name] = robust_scores(metric, answers, references, ids, _read(metric, answered)).value
+                scores = robust_scores(metric, answers, references, ids, _read(metric, answered))
             except ValueError as error:
                 raise EvaluationError(f"{name} cannot score the evaluation samples: {error}.") from error
+            values[name] = scores.value
+            for note in scores.notes:
+                # Those of the samples are the same at every evaluation.
+                if note not in self._noted:
+                    self._noted.add(note)
+                    logger.info("%s of the samples answered during training: %s", name, note)
         return values
 
 

@@ -23,7 +23,7 @@ from vlmtune.evaluation.metrics.multiple_choice import MULTIPLE_CHOICE
 from vlmtune.evaluation.metrics.perplexity import PERPLEXITY
 from vlmtune.evaluation.metrics.pope import POPE_ACCURACY, POPE_F1, POPE_PRECISION, POPE_RECALL, POPE_YES_RATIO
 from vlmtune.evaluation.metrics.token_f1 import TOKEN_F1
-from vlmtune.evaluation.metrics.vqa import VQA_ACCURACY
+from vlmtune.evaluation.metrics.vqa import VQA_ACCURACY, VQA_ACCURACY_STRICT
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -31,6 +31,7 @@ METRICS: dict[str, Metric] = {
         EXACT_MATCH,
         TOKEN_F1,
         VQA_ACCURACY,
+        VQA_ACCURACY_STRICT,
         MULTIPLE_CHOICE,
         POPE_ACCURACY,
         POPE_PRECISION,
@@ -57,7 +58,7 @@ METRICS["bleu"] = METRICS["bleu4"]
 
 @dataclass(frozen=True)
 class WithArgument:
-    """A metric that is named with what it needs, as ``chair_i:objects.txt``.
+    """A metric that is named with a file or model, as ``chair_i:objects.txt``.
 
     Attributes:
         argument: what stands after the colon.
@@ -74,6 +75,12 @@ class WithArgument:
 
 _CHAIR = ("vlmtune.evaluation.metrics.chair", "make_chair")
 WITH_ARGUMENT = {
+    "cider": WithArgument(
+        "FILE",
+        "CIDEr-D by the document frequencies in a file, which vlmtune metrics --save_frequencies writes",
+        "arXiv:1411.5726",
+        ("vlmtune.evaluation.metrics.captions", "make_cider"),
+    ),
     "clip_score": WithArgument(
         "CLIP",
         "how well a caption fits its image, 0 to 2.5, by a CLIP (folder or Hub name)",
@@ -103,7 +110,7 @@ def get_metric(name: str) -> Metric:
         return _installed(getattr(importlib.import_module(place), maker)(base, argument))
     module, _, function = name.rpartition(".")
     if not module:
-        known = [*METRICS, *WITH_ARGUMENT]
+        known = list(dict.fromkeys([*METRICS, *WITH_ARGUMENT]))
         raise ConfigError(
             f"There is no metric {name!r}; there are {', '.join(known)}, or your own function by its dotted path."
             f"{nearest(name, known)}"

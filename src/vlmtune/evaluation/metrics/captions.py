@@ -11,14 +11,16 @@ import gzip
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
+from vlmtune.errors import ConfigError
 from vlmtune.evaluation.metrics.base import Aggregate, Array, Metric, Scores
 from vlmtune.evaluation.metrics.ptb import tokenize
 
@@ -155,15 +157,31 @@ class DocumentFrequencies:
     def save(self, path: str | Path) -> None:
         """Write the table as gzipped JSON, to score a small validation set by a large one's frequencies."""
         table = {"images": self.images, "counts": {" ".join(ngram): count for ngram, count in self.counts.items()}}
-        with gzip.open(path, "wt", encoding="utf-8") as file:
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        with gzip.open(temporary, "wt", encoding="utf-8") as file:
             json.dump(table, file, ensure_ascii=False)
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> DocumentFrequencies:
-        """Read what :meth:`save` wrote."""
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            table = json.load(file)
-        return cls({tuple(ngram.split(" ")): count for ngram, count in table["counts"].items()}, table["images"])
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: the file cannot be read, or is no such table.
+        """
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                table = json.load(file)
+            counts = {tuple(ngram.split(" ")): int(count) for ngram, count in table["counts"].items()}
+            if (number := int(table["images"])) < 1:
+                raise ValueError(f"it counts {number} images")
+            return cls(counts, number)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+            raise ConfigError(
+                f"{path} is no table of document frequencies ({error}). Write one by: vlmtune metrics "
+                "--save_frequencies FILE --dataset_path DATA."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -217,7 +235,7 @@ def cider(
         if len(said) < FEW_IMAGES:
             notes += (
                 f"CIDEr over {len(said)} images: below about {FEW_IMAGES} its value depends on their number; compare "
-                "runs on the same images only, or give the document frequencies of a larger set",
+                "runs on the same images only, or give the document frequencies of a larger set (cider:FILE)",
             )
     values = []
     for tokens, options in zip(said, captions, strict=True):
@@ -253,3 +271,21 @@ CIDER = Metric(
     code="tylin/coco-caption Cider",
     percent=False,
 )
+
+
+def make_cider(name: str, path: str) -> Metric:
+    """Return CIDEr-D by the document frequencies in a file."""
+    place = Path(path).expanduser()
+    frequencies = _table(place, place.stat().st_mtime_ns if place.is_file() else 0)
+    return replace(
+        CIDER,
+        name=f"{name}:{path}",
+        summary=f"CIDEr-D by the document frequencies of {frequencies.images:,} images",
+        compute=partial(cider, frequencies=frequencies),
+    )
+
+
+@lru_cache(maxsize=2)
+def _table(path: Path, changed: int) -> DocumentFrequencies:
+    """Read a table once until it changes."""
+    return DocumentFrequencies.load(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -102,4 +103,11 @@ VQA_ACCURACY = Metric(
     compute=vqa_accuracy,
     paper="arXiv:1505.00468",
     code="GT-Vision-Lab/VQA vqaEval.py, answers always normalised as in lmms-eval",
+)
+VQA_ACCURACY_STRICT = Metric(
+    name="vqa_accuracy_strict",
+    summary="the same, answers normalised only where the annotators disagree, as in the official code",
+    compute=partial(vqa_accuracy, strict=True),
+    paper="arXiv:1505.00468",
+    code="GT-Vision-Lab/VQA vqaEval.py",
 )
