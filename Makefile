@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-transformers test-faults families audit licences check format bench pins hooks clean distclean
+.PHONY: help install demo test test-slow test-transformers test-faults families launch audit licences check format bench pins hooks clean distclean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-17s %s\n", $$1, $$2 }'
@@ -43,6 +43,11 @@ families: $(VENV)/.installed-dev  ## prove every family anew, and write what is 
 
 test-faults: $(VENV)/.installed-dev  ## kill, stop and starve real runs again and again (half an hour on one core)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) tests/faults $(ARGS)
+
+launch: $(VENV)/.installed-dev  ## let SkyPilot itself check recipes/launch (in .venv-skypilot: it needs 450 MB)
+	@test -x .venv-skypilot/bin/python || $(BIN)/python -m venv .venv-skypilot
+	@.venv-skypilot/bin/python -m pip install -q skypilot==0.14.1
+	.venv-skypilot/bin/python -c "import sky; print(sky.Task.from_yaml('recipes/launch/skypilot.yaml'))"
 
 licences: $(VENV)/.installed-dev  ## check the licences of everything that vlmtune needs
 	$(BIN)/python scripts/licences.py
@@ -79,7 +84,7 @@ clean:  ## delete build output and caches; runs stay
 	find src tests scripts utils benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete the virtual environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-skypilot
 
 # One stamp for each extra of pyproject.toml; it is newer than what it was made from, so a second run installs nothing.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
