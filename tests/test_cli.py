@@ -73,6 +73,15 @@ def run(recipe: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("command", ["train", "preview", "check", "estimate", "evaluate"])
+def test_a_model_of_another_family_than_named(command, recipe, tmp_path, capsys) -> None:
+    folder = {"train": "--output_dir", "evaluate": "--evaluation_dir"}.get(command)
+    more = (folder, tmp_path / "out") if folder else ()
+    assert vlmtune(command, recipe, "--model_type", "llava", *more) == 2
+    assert "model_type is llava, but the model is of the family gemma3" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]):
     """Run a command that must fail with this code; return what it says: one paragraph, no traceback."""

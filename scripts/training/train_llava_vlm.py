@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune LLaVA-1.5 or LLaVA-NeXT on your own images.
+"""Fine-tune LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision on your own images.
 
     python scripts/training/train_llava_vlm.py \\
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_path data/flickr8k --output_dir runs/flickr8k
@@ -11,4 +11,4 @@ The data may lie in any format that vlmtune reads. All options: --help. train_ge
 from family_script import main
 
 if __name__ == "__main__":
-    main("llava", "llava_next")
+    main("llava", "llava_next", "llava_onevision")

@@ -12,9 +12,10 @@ import torch
 from vlmtune.batching import encode
 from vlmtune.batching.collator import IGNORE_INDEX, BaseVLMDataCollator, SharedImageCollator, create_data_collator, pad
 from vlmtune.data.sample import Message, Sample
-from vlmtune.errors import ImageError, TooLongError, UnsupportedModelError
+from vlmtune.errors import ConfigError, ImageError, TooLongError, UnsupportedModelError
 from vlmtune.models.families import FAMILIES
 from vlmtune.models.features import FeatureCache
+from vlmtune.models.loading import load_processor
 
 GEMMA = FAMILIES["gemma3"]
 
@@ -97,6 +98,19 @@ class TestBase:
         assert batch["input_ids"].shape[1] % 8 == 0
         with pytest.raises(UnsupportedModelError, match="gemma"):
             create_data_collator(processor, model_type="gema")
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_processor_of_another_family_is_refused(self, family, family_dir, processor) -> None:
+        own = load_processor(family_dir(family))
+        for name in (family, *FAMILIES[family].aliases):
+            assert create_data_collator(own, model_type=name).family is FAMILIES[family]
+        if family != "gemma3":
+            with pytest.raises(ConfigError, match=rf"='gemma' .*this is a {type(own).__name__}, of .*{family}"):
+                create_data_collator(own)
+            with pytest.raises(ConfigError, match=rf"{family}.*this is a Gemma3Processor, of gemma3\."):
+                create_data_collator(processor, model_type=family)
+        with pytest.raises(ConfigError, match="this is a object, which is of no known family"):
+            create_data_collator(object(), model_type=family)
 
     def test_a_model_takes_it(self, rows, processor, tiny_model) -> None:
         assert tiny_model(**BaseVLMDataCollator(processor, GEMMA)(rows)).loss.isfinite()

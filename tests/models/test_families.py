@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from vlmtune.cli import main
-from vlmtune.errors import UnsupportedModelError
+from vlmtune.errors import ConfigError, UnsupportedModelError
+from vlmtune.models.architecture import get_model_config_for_architecture
 from vlmtune.models.families import FAMILIES, REFUSED, get_family
 from vlmtune.models.overview import as_markdown
 from vlmtune.models.proved import proved, record_digest
@@ -54,6 +55,30 @@ def test_an_unknown_name_offers_the_nearest() -> None:
     with pytest.raises(UnsupportedModelError, match="'blip'; use") as caught:
         get_family("blip")
     assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_another_family_than_expected(family) -> None:
+    record, other = FAMILIES[family], "gemma" if family != "gemma3" else "qwen"
+    for name in ("auto", family, family.upper(), *record.aliases):
+        assert get_family(record, name) is record
+    with pytest.raises(ConfigError, match=rf"model_type is {other}, but .* of the family {family}\..*name a "):
+        get_family(record, other)
+    with pytest.raises(UnsupportedModelError, match=r"'gema'.*Did you mean 'gemma'\?"):
+        get_family(record, "gema")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_settings_for_scripts_are_the_records(family) -> None:
+    for name in (family.name, *family.aliases):
+        settings = get_model_config_for_architecture(name)
+        assert settings["family"] == family.name and hasattr(transformers, settings["model_class"])
+        assert settings["lora_target_modules"] == list(family.lora_targets["language"])
+        assert settings["lora_scopes"] == ["language", "projector", "vision"]
+        assert settings["terminators"][0] == family.turn_end
+        assert (settings["share_images"], settings["cache_image_features"]) == (family.sharing, family.feature_cache)
+    with pytest.raises(UnsupportedModelError):
+        get_model_config_for_architecture("blip")
 
 
 @pytest.mark.parametrize("text_config", [transformers.LlamaConfig(), transformers.Gemma3TextConfig()])

@@ -173,6 +173,12 @@ def test_other_files_are_not_overwritten(run_arguments, tmp_path: Path) -> None:
     assert contents(tmp_path) == {"letter.txt": b"dear"}
 
 
+def test_a_model_of_another_family_than_named(run_arguments, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model_type is llava, but the model is of the family gemma3"):
+        run_training(*run_arguments(tmp_path, model_type="llava"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_without_a_checkpoint(run_arguments, tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="no finished checkpoint"):
         run_training(*run_arguments(tmp_path, resume_from_checkpoint="true"))

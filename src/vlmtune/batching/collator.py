@@ -16,7 +16,8 @@ from vlmtune.batching.sampler import FILLER
 from vlmtune.batching.sharing import collate_rows, group_samples, pack_rows
 from vlmtune.data.images import TIMEOUT
 from vlmtune.data.sample import Sample
-from vlmtune.models.families import get_family
+from vlmtune.errors import ConfigError
+from vlmtune.models.families import FAMILIES, get_family
 from vlmtune.models.family import Family
 from vlmtune.models.features import FeatureCache
 
@@ -247,5 +248,14 @@ def create_data_collator(processor: Any, model_type: str = "gemma", **options: A
 
     Raises:
         UnsupportedModelError: the model type is unknown; the message offers the nearest name.
+        ConfigError: the processor is of another family.
     """
-    return BaseVLMDataCollator(processor, get_family(model_type), **options)
+    family = get_family(model_type)
+    found = type(processor).__name__
+    if found != family.processor_class:
+        fitting = ", ".join(other.name for other in FAMILIES.values() if other.processor_class == found)
+        raise ConfigError(
+            f"model_type={model_type!r} goes with a {family.processor_class}; this is a {found}, "
+            f"{f'of {fitting}' if fitting else 'which is of no known family'}."
+        )
+    return BaseVLMDataCollator(processor, family, **options)

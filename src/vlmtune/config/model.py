@@ -25,7 +25,9 @@ class BaseModelArguments(Checked):
         None, help="Branch, tag or commit of a model from the Hub; a commit makes a run repeatable."
     )
     model_type: str = option(
-        "auto", help="Family of the model, such as gemma; auto reads it from the model's configuration."
+        "auto",
+        help="Family of the model, such as gemma, to refuse a model of another one; auto takes the family that the "
+        "model's configuration names.",
     )
     torch_dtype: DtypeName = option(
         "auto",

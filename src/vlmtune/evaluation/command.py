@@ -41,6 +41,7 @@ from vlmtune.evaluation.prediction import Predictor, read_questions, require_rea
 from vlmtune.evaluation.predictions_file import read_predictions
 from vlmtune.evaluation.runner import Progress, evaluate, format_table, keep, score, scored_samples
 from vlmtune.models.checkpoint import is_adapter_dir
+from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.quantization import quantization_of
 
@@ -224,7 +225,7 @@ def load(
     model_args: BaseModelArguments, adapter_args: AdapterArguments, quantization_args: QuantizationArguments
 ) -> tuple[nn.Module, Any]:
     """Load model and processor for answering."""
-    return load_model_for_inference(
+    model, processor = load_model_for_inference(
         model_args.model_name_or_path,
         adapter=adapter_args.adapter,
         torch_dtype=model_args.torch_dtype,
@@ -233,6 +234,8 @@ def load(
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
     )
+    get_family(model, model_args.model_type)
+    return model, processor
 
 
 def load_evaluation_data(data_args: VLMDataArguments) -> LoadedData:

@@ -230,7 +230,7 @@ def _report_model(
         "revision": model_args.model_revision,
         "trust_remote_code": model_args.trust_remote_code,
     }
-    family = get_family(load_config(model_args.model_name_or_path, **origin))
+    family = get_family(load_config(model_args.model_name_or_path, **origin), model_args.model_type)
     processor = load_processor(model_args.model_name_or_path, **origin)
     encoder = Encoder(processor, family, max_pixels=data_args.max_pixels)
     if data_args.share_images == "on" and not family.sharing:

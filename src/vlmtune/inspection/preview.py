@@ -112,7 +112,7 @@ def preview(
         "revision": model_args.model_revision,
         "trust_remote_code": model_args.trust_remote_code,
     }
-    family = get_family(load_config(model_args.model_name_or_path, **origin))
+    family = get_family(load_config(model_args.model_name_or_path, **origin), model_args.model_type)
     encoder = Encoder(
         load_processor(model_args.model_name_or_path, **origin),
         family,

@@ -100,7 +100,7 @@ def build_command(
     if is_adapter_dir(base):
         base, adapter = adapter_base(base), base
     processor = load_processor(adapter or base)
-    family = get_family(load_config(base, revision=model_args.model_revision))
+    family = get_family(load_config(base, revision=model_args.model_revision), model_args.model_type)
     command = ["serve", base, "--host", args.host, "--port", str(args.port)]
     if model_args.model_revision:
         command += ["--revision", model_args.model_revision]

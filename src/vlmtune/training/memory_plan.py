@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlmtune.config import ModelWithLoRAArguments
+from vlmtune.models.families import get_family
 from vlmtune.models.memory import MemoryEstimator, adapter_from
 from vlmtune.models.quantization import get_torch_dtype
 from vlmtune.training.loss import chunked_cross_entropy
@@ -22,11 +23,12 @@ def run_estimator(model_args: ModelWithLoRAArguments, training_args: Any, *, her
         here: the run is on this machine; else on a GPU that computes in bfloat16, which decides what is left open.
 
     Raises:
+        ConfigError: a model of another family than ``model_type``.
         ModelError: no such model, or one whose images differ in size.
     """
     assumed = torch.bfloat16 if model_args.torch_dtype == "auto" and not here else None
     mixed = training_args.bf16 or (training_args.bf16 is None and not here)
-    return MemoryEstimator(
+    estimator = MemoryEstimator(
         model_args.model_name_or_path,
         chunked_cross_entropy,
         adapter_from(model_args),
@@ -35,6 +37,8 @@ def run_estimator(model_args: ModelWithLoRAArguments, training_args: Any, *, her
         "cpu" if here and not torch.cuda.is_available() else "cuda",
         {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code},
     )
+    get_family(estimator.family, model_args.model_type)
+    return estimator
 
 
 def ways_to_train(

@@ -130,7 +130,7 @@ def _run(
         "trust_remote_code": model_args.trust_remote_code,
     }
     config = load_config(model_args.model_name_or_path, **origin)
-    family = get_family(config)
+    family = get_family(config, model_args.model_type)
     require_dtype(family, get_torch_dtype(model_args.torch_dtype))
     if training_args.fp16:
         require_dtype(family, torch.float16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from vlmtune.errors import UnsupportedModelError, nearest
+from vlmtune.errors import ConfigError, UnsupportedModelError, nearest
 from vlmtune.models.families.gemma3 import GEMMA3
 from vlmtune.models.families.gemma4 import GEMMA4
 from vlmtune.models.families.granite_docling import GRANITE_DOCLING
@@ -57,16 +57,30 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def get_family(which: Any) -> Family:
+def get_family(which: Any, expected: str = "auto") -> Family:
     """Return the record of a family.
 
     Args:
         which: a family's name or alias, a loaded model (adapted by PEFT or not), its configuration, or a record.
+        expected: name or alias of the family that it must be of (the option ``model_type``); ``auto`` takes any.
 
     Raises:
+        ConfigError: it is of another family than the expected one.
         UnsupportedModelError: no family of that name, or none for that configuration. The configuration of a
             checkpoint of an unknown family gets a generic record, where that is possible.
     """
+    family = _find(which)
+    if expected.lower() not in ("auto", family.name, *family.aliases):
+        # A name that no family has is told apart from one of another family.
+        wanted = _by_name(expected).name
+        raise ConfigError(
+            f"model_type is {expected}, but the model is of the family {family.name}. Leave model_type out, or name a "
+            f"{wanted} model."
+        )
+    return family
+
+
+def _find(which: Any) -> Family:
     if isinstance(which, Family):
         return which
     if isinstance(which, str):
