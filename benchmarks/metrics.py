@@ -1,4 +1,4 @@
-"""Time of scoring captions and of bootstrap intervals, on one core.
+"""Processor time of scoring captions and of bootstrap intervals, on one core.
 
 Captions are random sentences of the benchmarks' words and 5,000 rare ones: five references an image and an answer that
 shares words with one of them. Every figure is the median of the repeats, each with an empty cache of the tokenizer.
@@ -58,12 +58,12 @@ def boxes(samples: int) -> tuple[list[str], list[list[str]]]:
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Return the median seconds, and what came of it."""
+    """Return the median seconds of the processor, and what came of it."""
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         found = work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return statistics.median(seconds), found
 
 
@@ -100,8 +100,12 @@ def main() -> None:
     missed = [f"{name}: {runs[name][what]:.2f} s, {limit:.0f} allowed" for name, what, limit in limits
               if runs[name][what] > limit]  # fmt: skip
     table = markdown(["metric", "scoring, s", f"interval of {RESAMPLES:,} resamples, s"], rows)
-    table += f"\n\n{args.samples:,} samples, five references each (boxes: one to five), one core; medians of "
-    table += f"{args.repeats} runs. The tokenizer takes {tokens:.2f} s of a caption metric's time for the references."
+    table += (
+        f"\n\n{args.samples:,} samples, five references each (boxes: one to five), processor time of one core; medians "
+    )
+    table += (
+        f"of {args.repeats} runs. The tokenizer takes {tokens:.2f} s of a caption metric's time for the references."
+    )
     goals = "Goals (CIDEr within 4 s, an interval within 2 s): "
     table += f"\n\n{goals}{'missed, ' + '; '.join(missed) if missed else 'met'}."
     write("metrics", {"about": header(args), "runs": runs, "tokenizer": tokens, "missed": missed}, table)

@@ -151,6 +151,7 @@ def test_evaluate_checks_its_honesty(
     assert set(found) == {"shuffled", "blank", "ended_by_terminator", "training_images"}
     # Pictures of one plain color are the same in both splits.
     assert found["training_images"]["shared"] == found["training_images"]["images"] == 8
+    assert found["training_images"]["near_copies"]["near"] == 0
     assert "8 of the 8 images scored are training images too" in said
     assert (tmp_path / "on" / "shuffled" / "predictions.jsonl").exists()
     rows = [json.loads(line) for line in (tmp_path / "on" / "predictions.jsonl").read_text().splitlines()]

@@ -125,6 +125,25 @@ class TestTrainingImages:
         found = check(Seeing(), make_samples(8), tmp_path / "c", training="there is no such folder")
         assert found["training_images"] == {"skipped": "there is no such folder"}
 
+    def test_near_copies_are_said(self, tmp_path: Path) -> None:
+        given: list[set[ImageRef]] = []
+
+        def near_copies(training, scored):
+            given.append(set(scored))
+            return {"near": 2, "such_as": [("a.png", "b.png")]}
+
+        training = [ImageRef(bytes=png("white"))]
+        found = check(Seeing(), make_samples(8), tmp_path / "a", training=training, near_copies=near_copies)
+        assert len(given[0]) == 4
+        assert "2 of the images scored look like a training image, such as a.png like b.png." in format_honesty(found)
+        options = {"training": training, "near_copies": lambda *images: {"near": 0, "such_as": []}}
+        said = format_honesty(check(Seeing(), make_samples(8), tmp_path / "b", **options))
+        assert "None looks like a training image." in said
+        options["near_copies"] = lambda *images: {"skipped": "there are too many"}
+        found = check(Seeing(), make_samples(8), tmp_path / "c", **options)
+        assert "look like those scored: not looked for, there are too many." in format_honesty(found)
+        assert json.loads((tmp_path / "c" / "scores.json").read_text())["honesty"]["training_images"]["near_copies"]
+
 
 class TestResults:
     """What the checks find, and where it is kept."""

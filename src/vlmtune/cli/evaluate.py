@@ -50,6 +50,7 @@ def evaluate(argv: list[str]) -> int:
     from vlmtune.config.recipe import parse_arguments
     from vlmtune.evaluation.command import run_evaluation, score_file
     from vlmtune.evaluation.ranks import is_first
+    from vlmtune.inspection.near_copies import near_copies
 
     recipe_path, flags = recipe_and_flags(argv)
     flags = ["--eval_" + flag[2:] if flag.partition("=")[0] == "--samples" else flag for flag in flags]
@@ -63,7 +64,7 @@ def evaluate(argv: list[str]) -> int:
     if (code := on_devices("evaluate", argv, [*classes, *ignored])) is not None:
         return code
     made = parse_arguments(classes, flags, recipe_path, ignored=ignored)
-    told = run_evaluation(*made, progress=progress("Answering"))
+    told = run_evaluation(*made, progress=progress("Answering"), near_copies=near_copies)
     if is_first():
         print(told)
     return 0

@@ -34,7 +34,7 @@ from vlmtune.evaluation.before import require_scorable
 from vlmtune.evaluation.compare import compare, format_comparison
 from vlmtune.evaluation.defaults import default_metrics, metrics_of
 from vlmtune.evaluation.generation import AnswerGenerator
-from vlmtune.evaluation.honesty import check_honesty, format_honesty
+from vlmtune.evaluation.honesty import NearCopies, check_honesty, format_honesty
 from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.metrics.captions import DocumentFrequencies
 from vlmtune.evaluation.prediction import Predictor, read_questions, require_readable
@@ -59,6 +59,7 @@ def run_evaluation(
     output_args: EvaluationOutputArguments,
     *,
     progress: Progress | None = None,
+    near_copies: NearCopies | None = None,
 ) -> str:
     """Generate and score answers; return the table for people.
 
@@ -90,6 +91,7 @@ def run_evaluation(
             **how,
             base=None if output_args.compare_to else base_of(model),
             training=training_images(data_args),
+            near_copies=near_copies,
             base_skipped=_why_no_base(model, name, compared=bool(output_args.compare_to)),
         )
         lines[1:1] = ["", format_honesty(honesty), ""]

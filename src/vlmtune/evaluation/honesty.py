@@ -31,6 +31,8 @@ from vlmtune.files import write_whole
 logger = logging.getLogger("vlmtune.evaluation")
 MOST_SAMPLES = 500
 GREY = (128, 128, 128)
+# Training and scored images to what is found of them.
+NearCopies = Callable[[Iterable[ImageRef], Iterable[ImageRef]], dict[str, Any]]
 TITLES = {"base": "base model", "shuffled": "shuffled images", "blank": "blank images"}
 
 
@@ -47,6 +49,7 @@ def check_honesty(
     choose_by: str = "likelihood",
     seed: int = 0,
     training: Iterable[ImageRef] | str | None = None,
+    near_copies: NearCopies | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Answer the checks' questions, score them, and add the results to ``scores.json`` under ``honesty``.
@@ -66,13 +69,14 @@ def check_honesty(
         choose_by: as in :func:`vlmtune.evaluation.runner.evaluate`.
         seed: of the choice of samples and of the shuffling.
         training: the training images, to find those that are scored too; or why they are not looked at.
+        near_copies: counts scored images that look like training images; takes both.
         progress: called after each block of answers.
 
     Returns:
         Check -> ``samples`` and ``metrics`` (metric -> ``value`` of the check, ``model`` on the same samples, the
         ``difference`` model - value with its interval ``low`` and ``high``), or ``skipped`` with the reason; and
         ``ended_by_terminator``, the share of the model's answers. ``training_images`` holds how many ``images`` were
-        scored and how many of them are ``shared`` with training, with a few names.
+        scored and how many of them are ``shared`` with training, with a few names, and what ``near_copies`` found.
     """
     # Those that look at the images themselves would say something of the wrong or blank ones.
     metrics = [metric for metric in metrics if get_metric(metric).reads != "images"]
@@ -123,9 +127,18 @@ def check_honesty(
     if isinstance(training, str):
         result["training_images"] = {"skipped": training}
     elif training is not None:
-        result["training_images"] = shared_images(training, samples)
+        result["training_images"] = by_first(lambda: _training_images(list(training), samples, near_copies))
     by_first(lambda: _add_to_scores(place / SCORES, result))
     return result
+
+
+def _training_images(
+    training: Sequence[ImageRef], samples: Sequence[Sample], near_copies: NearCopies | None
+) -> dict[str, Any]:
+    found = shared_images(training, samples)
+    if near_copies is not None:
+        found["near_copies"] = near_copies(training, {image for sample in samples for image in sample.images})
+    return found
 
 
 def shared_images(training: Iterable[ImageRef], samples: Sequence[Sample]) -> dict[str, Any]:
@@ -191,14 +204,22 @@ def format_honesty(honesty: Mapping[str, Any]) -> str:
             difference, low, high = (f"{values[key] * factor:+.{digits}f}" for key in ("difference", "low", "high"))
             what = f"{title}, {entry['samples']:,} samples"
             rows.append((what, metric, value, model, f"{difference} ({low} to {high})"))
-    if "skipped" in honesty.get("training_images", {}):
-        skipped.append(f"training images: not looked at, {honesty['training_images']['skipped']}")
+    skipped += not_looked_at(honesty)
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines = lines if len(rows) > 1 else []
     ended = honesty["ended_by_terminator"]
     hint = "" if ended >= 0.9 else "; the others were cut, raise max_new_tokens"
     return "\n".join([*lines, *skipped, *verdicts(honesty), f"{ended:.1%} of the answers ended by themselves{hint}."])
+
+
+def not_looked_at(honesty: Mapping[str, Any]) -> list[str]:
+    """Return what was not looked for among the training images, and why."""
+    shared = honesty.get("training_images", {})
+    said = [f"Training images: not looked at, {shared['skipped']}."] if "skipped" in shared else []
+    if "skipped" in (near := shared.get("near_copies", {})):
+        said.append(f"Training images that look like those scored: not looked for, {near['skipped']}.")
+    return said
 
 
 def verdicts(honesty: Mapping[str, Any]) -> list[str]:
@@ -228,6 +249,11 @@ def verdicts(honesty: Mapping[str, Any]) -> list[str]:
         )
     elif shared.get("images"):
         said.append(f"None of the {shared['images']:,} images scored is a training image.")
+    if (near := shared.get("near_copies", {})).get("near"):
+        one, like = near["such_as"][0]
+        said.append(f"{near['near']:,} of the images scored look like a training image, such as {one} like {like}.")
+    elif near.get("near") == 0:
+        said.append("None looks like a training image." if not shared["shared"] else "No other looks like one.")
     return said
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import MissingDependencyError, OutputError
-from vlmtune.evaluation.honesty import verdicts
+from vlmtune.evaluation.honesty import not_looked_at, verdicts
 from vlmtune.evaluation.metrics import get_metric
 from vlmtune.evaluation.runner import SCORES
 from vlmtune.files import write_whole
@@ -211,7 +211,7 @@ def _honesty(honesty: Mapping[str, Any]) -> dict[str, Any]:
             )
     return {
         "rows": rows,
-        "skipped": skipped,
+        "skipped": [*skipped, *not_looked_at(honesty)],
         "verdicts": verdicts(honesty),
         "ended": _ended(honesty["ended_by_terminator"]),
     }
