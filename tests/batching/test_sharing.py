@@ -16,7 +16,6 @@ from vlmtune.batching.sharing import (
     image_prefix,
     pack_rows,
     row_length,
-    runs,
     split_evenly,
 )
 
@@ -151,10 +150,6 @@ class TestGroups:
         found = split_evenly(range(count), parts)
         assert [len(part) for part in found] == sizes
         assert [item for part in found for item in part] == list(range(count))
-
-    def test_runs(self) -> None:
-        assert runs(["b", "", "a", "b", "", "a"]) == [[0, 3], [1], [2, 5], [4]]
-        assert runs([]) == []
 
 
 class TestPacking:

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from torch.utils.data import Dataset, Sampler
 
-Ints = npt.NDArray[np.int64]
+from vlmtune.batching.groups import Ints, Keys, grouped, ranges
 
 # Steps whose groups are sorted by length together: enough that the groups of a step are alike, few enough that
 # an epoch's order stays random.
@@ -41,8 +40,7 @@ class ImageGroupSampler(Sampler[list[int]]):
     ``total + index``, the row ``index`` as a filler: see :class:`WithFillers`.
 
     Args:
-        image_keys: a name of each sample's images; equal names form a group, empty ones a group of one.
-            A pyarrow array spares the memory of Python strings.
+        image_keys: a name of each sample's images; see :func:`vlmtune.batching.groups.grouped`.
         lengths: tokens of each sample.
         batch_size: samples of one device's batch, in the mean.
         image_tokens: soft tokens of each sample, which the texts of an image share; none by default.
@@ -57,7 +55,7 @@ class ImageGroupSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        image_keys: Sequence[str] | pa.Array | pa.ChunkedArray,
+        image_keys: Keys,
         lengths: Sequence[int] | Ints,
         batch_size: int,
         *,
@@ -83,7 +81,7 @@ class ImageGroupSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
         self.shuffle = shuffle
         self.total = len(self.lengths)
-        self.members, self.starts = _groups(image_keys)
+        self.members, self.starts = grouped(image_keys)
 
     @property
     def steps(self) -> int:
@@ -215,40 +213,10 @@ class WithFillers(Dataset[dict[str, Any]]):
         return {**row, FILLER: True} if index >= total else dict(row)
 
 
-def _groups(keys: Sequence[str] | pa.Array | pa.ChunkedArray) -> tuple[Ints, Ints]:
-    """Rows sorted by group, groups in the order of first sight, and where each begins."""
-    array = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(keys, pa.string())
-    if isinstance(array, pa.ChunkedArray):
-        array = array.combine_chunks()
-    if not len(array):
-        return np.zeros(0, np.int64), np.zeros(1, np.int64)
-    encoded = array.dictionary_encode()
-    codes = encoded.indices.to_numpy().astype(np.int64)
-    empty = encoded.dictionary.index("").as_py()
-    if empty >= 0:
-        alone = np.flatnonzero(codes == empty)
-        codes[alone] = len(encoded.dictionary) + np.arange(len(alone))
-    members = np.argsort(codes, kind="stable")
-    ordered = codes[members]
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(ordered)) + 1])
-    firsts = np.argsort(members[starts], kind="stable")
-    if (firsts == np.arange(len(firsts))).all():
-        return members, np.append(starts, len(members))
-    sizes = np.diff(np.append(starts, len(members)))[firsts]
-    moved = _ranges(starts[firsts], sizes)
-    return members[moved], np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _ranges(starts: Ints, sizes: Ints) -> Ints:
-    """``start, start + 1, ...`` of each range, one after another."""
-    before = np.cumsum(sizes) - sizes
-    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
-
-
 def _mixed(members: Ints, starts: Ints, chosen: npt.NDArray[np.bool_], rng: np.random.Generator) -> Ints:
     """Members with those of the chosen groups in random order inside their group."""
     sizes = np.diff(starts)[chosen]
-    places = _ranges(starts[:-1][chosen], sizes)
+    places = ranges(starts[:-1][chosen], sizes)
     numbers = np.repeat(np.arange(len(sizes)), sizes)
     mixed = members.copy()
     mixed[places] = members[places][np.lexsort((rng.random(len(places)), numbers))]
@@ -260,6 +228,6 @@ def _split(starts: Ints, sizes: Ints, most: int) -> Ints:
     parts = -(-sizes // most)
     if parts.max(initial=1) == 1:
         return starts
-    part = _ranges(np.zeros_like(parts), parts)
+    part = ranges(np.zeros_like(parts), parts)
     size, larger = np.repeat(sizes // parts, parts), np.repeat(sizes % parts, parts)
     return np.append(np.repeat(starts[:-1], parts) + part * size + np.minimum(part, larger), starts[-1])

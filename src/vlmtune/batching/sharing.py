@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise, takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlmtune.batching.encode import EncodedSample
+from vlmtune.batching.groups import Ints, Keys, grouped
 
 PADDING = -1
 NO_BLOCK = -1
@@ -199,7 +201,7 @@ def collate_rows(rows: Sequence[Row], *, pad_token_id: int, multiple_of: int | N
     }
 
 
-def describe_saving(image_keys: Sequence[str], lengths: Sequence[int], image_tokens: Sequence[int]) -> str:
+def describe_saving(image_keys: Keys, lengths: Sequence[int] | Ints, image_tokens: Sequence[int] | Ints) -> str:
     """Say how many texts share an image, and what computing it once saves; for the run's first lines.
 
     Args:
@@ -207,28 +209,18 @@ def describe_saving(image_keys: Sequence[str], lengths: Sequence[int], image_tok
         lengths: tokens of each row.
         image_tokens: soft tokens of each row.
     """
-    by_key: dict[str, list[int]] = defaultdict(list)
-    for index, key in enumerate(image_keys):
-        by_key[key].append(index)
-    alone = by_key.pop("", [])
-    shared = sum(len(members) for members in by_key.values() if len(members) > 1)
-    with_images = sum(len(members) for members in by_key.values())
-    if not with_images:
+    lengths, image_tokens = np.asarray(lengths, np.int64), np.asarray(image_tokens, np.int64)
+    members, starts = grouped(image_keys, with_empty=False)
+    if not len(members):
         return "no images"
-    separate = sum(lengths)
+    sizes, images, texts = np.diff(starts), len(starts) - 1, len(members)
+    separate = int(lengths.sum())
     # At least the image's own tokens are shared; the common prefix is a little longer.
-    saved = sum(min(image_tokens[i] for i in members) * (len(members) - 1) for members in by_key.values())
+    saved = int((np.minimum.reduceat(image_tokens[members], starts[:-1]) * (sizes - 1)).sum())
     text = (
-        f"{len(by_key):,} images, {with_images:,} texts, {shared:,} of them share an image: "
+        f"{images:,} images, {texts:,} texts, {int(sizes[sizes > 1].sum()):,} of them share an image: "
         f"{separate / max(separate - saved, 1):.1f} times fewer tokens, "
-        f"{with_images / len(by_key):.1f} times fewer vision passes"
+        f"{texts / images:.1f} times fewer vision passes"
     )
-    return text + (f"; {len(alone):,} samples without an image" if alone else "")
-
-
-def runs(keys: Sequence[str]) -> list[list[int]]:
-    """Indices of equal keys, each group together, in the order of first sight; empty keys are groups of one."""
-    order = sorted((index for index, key in enumerate(keys) if key), key=lambda index: keys[index])
-    groups = [list(members) for _, members in groupby(order, key=lambda index: keys[index])]
-    groups += [[index] for index, key in enumerate(keys) if not key]
-    return sorted(groups)
+    alone = len(lengths) - texts
+    return text + (f"; {alone:,} samples without an image" if alone else "")

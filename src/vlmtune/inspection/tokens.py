@@ -158,4 +158,4 @@ def _cut(
 
 def sharing(keys: Sequence[str], facts: TokenFacts) -> str:
     """Say what computing an image once for all its texts saves; see :func:`describe_saving`."""
-    return describe_saving(keys, facts.lengths.tolist(), facts.image_tokens.tolist())
+    return describe_saving(keys, facts.lengths, facts.image_tokens)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
 from vlmtune.batching.encode import Encoder
+from vlmtune.batching.groups import Ints, Keys, grouped
 from vlmtune.batching.masks import EXACT_ATTENTION
-from vlmtune.batching.sharing import runs
 from vlmtune.config import ModelWithLoRAArguments, VLMDataArguments
 from vlmtune.data.hashes import row_hashes
 from vlmtune.data.images import content_hash
@@ -75,9 +76,9 @@ def shares_images(family: Family, choice: str, attn_implementation: str | None =
 
 
 def check_row_limits(
-    image_keys: Sequence[str],
-    lengths: Sequence[int],
-    image_tokens: Sequence[int],
+    image_keys: Keys,
+    lengths: Sequence[int] | Ints,
+    image_tokens: Sequence[int] | Ints,
     *,
     max_texts: int | None,
     max_tokens: int | None,
@@ -94,25 +95,27 @@ def check_row_limits(
     Raises:
         ConfigError: a sample alone is longer than ``max_tokens``: no split can keep that limit.
     """
-    longest = max(lengths, default=0)
+    lengths, image_tokens = np.asarray(lengths, np.int64), np.asarray(image_tokens, np.int64)
+    longest = lengths.max(initial=0)
     if max_tokens and longest > max_tokens:
         raise ConfigError(
             f"max_tokens_per_row is {max_tokens:,}, but the longest sample has {longest:,} tokens by itself. Raise it "
             f"to at least {longest}, or leave longer samples out by max_length {max_tokens} and on_too_long drop."
         )
-    groups = [members for members in runs(image_keys) if image_keys[members[0]]]
-    split = 0
-    for members in groups:
-        shared = image_tokens[members[0]]
-        tokens = shared + sum(lengths[index] - shared for index in members)
-        split += bool((max_texts and len(members) > max_texts) or (max_tokens and tokens > max_tokens))
+    members, starts = grouped(image_keys, with_empty=False)
+    if not len(members):
+        return
+    shared = image_tokens[members[starts[:-1]]]
+    tokens = np.add.reduceat(lengths[members], starts[:-1]) - shared * (np.diff(starts) - 1)
+    above = np.diff(starts) > max_texts if max_texts else np.zeros(len(shared), np.bool_)
+    split = int((above | (tokens > max_tokens)).sum() if max_tokens else above.sum())
     if split:
         limits = (("max_texts_per_row", max_texts), ("max_tokens_per_row", max_tokens))
         names = " and ".join(f"{name} {limit:,}" for name, limit in limits if limit)
         logger.info(
             "%s of %s images have more texts than %s allows in one row; where a batch holds that many they are "
             "split evenly over several rows, and the image is computed once in each",
-            *(f"{split:,}", f"{len(groups):,}", names),
+            *(f"{split:,}", f"{len(shared):,}", names),
         )
 
 

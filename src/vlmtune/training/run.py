@@ -230,12 +230,9 @@ def _run(
 
 def _with_keys(dataset: Any, found: Scan, data_args: VLMDataArguments) -> Any:
     dataset = with_image_keys(dataset)
-    keys = dataset["image_key"][:]
-    tokens, lengths = found.image_tokens.tolist(), found.lengths.tolist()
-    logger.info("sharing images: %s", describe_saving(keys, lengths, tokens))
-    check_row_limits(
-        keys, lengths, tokens, max_texts=data_args.max_texts_per_row, max_tokens=data_args.max_tokens_per_row
-    )
+    measured = dataset.with_format("arrow")[:]["image_key"], found.lengths, found.image_tokens
+    logger.info("sharing images: %s", describe_saving(*measured))
+    check_row_limits(*measured, max_texts=data_args.max_texts_per_row, max_tokens=data_args.max_tokens_per_row)
     return dataset
 
 
