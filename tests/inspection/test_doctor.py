@@ -189,8 +189,10 @@ def test_the_command(captions: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_histograms_hold_every_value() -> None:
     values = [1] * 50 + list(range(40)) + [5000]
     bars = histogram(values)
-    assert sum(count for _, count in bars) == len(values) and len(bars) <= 13
+    assert sum(count for _, count in bars) == len(values) and len(bars) <= 14
     assert histogram([]) == [] and histogram([7, 7]) == [("7", 2)]
+    assert histogram([15] + [375] * 200 + [4500]) == [("15 to 374", 1), ("375", 200), ("376 to 4,500", 1)]
+    assert histogram([*range(1000)])[0] == ("0 to 9", 10)
 
 
 def test_images_in_an_archive_are_checked_in_place(captions: Path, tmp_path: Path) -> None:

@@ -177,8 +177,15 @@ def subset(data: LoadedData, count: int | None, seed: int) -> LoadedData:
     """Draw ``count`` rows by ``seed``, in their own order; the same rows on every machine."""
     if count is None or count >= len(data.dataset):
         return data
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(data.dataset))[:count])
+    chosen = drawn(len(data.dataset), count, seed)
     return LoadedData(data.dataset.select(chosen), data.quarantine, data.format, data.source)
+
+
+def drawn(total: int, count: int | None, seed: int) -> npt.NDArray[np.int64]:
+    """Return which of ``total`` rows are drawn by ``seed``, in their own order; all of them without a smaller count."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
 def stratified(data: LoadedData, count: int | None, seed: int) -> LoadedData:

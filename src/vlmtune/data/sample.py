@@ -19,6 +19,8 @@ from vlmtune.errors import DataError
 Role = Literal["system", "user", "assistant"]
 # Entries of a sample's meta that say what kind of question it is; the first found counts.
 TYPE_FIELDS = ("answer_type", "question_type", "type", "category", "task", "dataset", "split")
+# What an image without a name is called.
+UNNAMED = "(image given as bytes)"
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
 
 
@@ -74,7 +76,7 @@ class ImageRef:
     @property
     def name(self) -> str:
         """A name for messages to people."""
-        return self.path or "(image given as bytes)"
+        return self.path or UNNAMED
 
     @property
     def filename(self) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmtune.config import BaseModelArguments, VLMDataArguments
-from vlmtune.data.loading import LoadedData, load_train_and_eval, subset
-from vlmtune.data.sample import ImageRef, Sample
+from vlmtune.data.loading import LoadedData, drawn, load_train_and_eval
+from vlmtune.data.sample import UNNAMED, ImageRef, Sample
 from vlmtune.inspection.duplicates import look_alikes
-from vlmtune.inspection.findings import Report, histogram
+from vlmtune.inspection.findings import EXAMPLES, Report, histogram, many
 from vlmtune.inspection.images import FOUND_BY, ImageFacts, Progress, inspect_images
+from vlmtune.inspection.pictures import Pictures
 from vlmtune.inspection.texts import read_texts, report_texts
 
 ADVICE = {
@@ -24,25 +27,26 @@ ADVICE = {
     "too large": "Make the images smaller, or raise max_pixels.",
     "damaged": "Download or copy them again: they are cut short or altered.",
 }
+_IS, _HAS = ("image is", "images are"), ("image has", "images have")
 NOTES = {
-    "animated": ("warning", "are animations; the first frame is taken."),
-    "turned by EXIF": ("note", "are stored turned; they are put upright."),
-    "CMYK": ("note", "are in CMYK; their colours change a little in RGB."),
-    "16 bits": ("warning", "have 16 bits or floating-point values a channel; they are scaled to 8 bits."),
-    "transparent": ("note", "have transparent parts, which become white."),
-    "huge": ("warning", "have more than 25 million pixels and take long to decode; make them smaller once."),
-    "tiny": ("warning", "are less than 32 pixels high or wide."),
-    "very long": ("warning", "are more than 8 times as long as wide; resizing to a square distorts them."),
+    "animated": ("warning", *_IS, "animated; the first frame is taken."),
+    "turned by EXIF": ("note", *_IS, "stored turned, and put upright when decoded."),
+    "CMYK": ("note", *_IS, "in CMYK; colours change a little in RGB."),
+    "16 bits": ("warning", *_HAS, "16 bits or floating-point values a channel, which are scaled to 8 bits."),
+    "transparent": ("note", *_HAS, "transparent parts, which become white."),
+    "huge": ("warning", *_HAS, "more than 25 million pixels and take long to decode: make them smaller once."),
+    "tiny": ("warning", *_IS, "less than 32 pixels high or wide."),
+    "very long": ("warning", *_IS, "more than 8 times as long as wide; resizing to a square distorts them."),
 }
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of the data, its rows without those whose image is bad."""
+    """One side of the data, and the numbers of each row's images."""
 
     name: str
     data: LoadedData
-    refs: list[tuple[ImageRef, ...]]
+    rows: list[tuple[int, ...]]
 
 
 def check_data(
@@ -68,15 +72,17 @@ def check_data(
     )
     train, evaluation = load_train_and_eval(everything)
     report = Report(train.source, train.format)
-    sides = [_side("training", train)] + ([_side("evaluation", evaluation)] if evaluation else [])
-    refs = list(dict.fromkeys(ref for side in sides for row in side.refs for ref in row))
+    named = {"training": train} | ({"evaluation": evaluation} if evaluation else {})
+    pictures = Pictures([data.dataset for data in named.values()])
+    sides = [_Side(name, data, rows) for (name, data), rows in zip(named.items(), pictures.rows, strict=True)]
     started = time.perf_counter()
     show = progress("Images") if progress else None
-    facts = inspect_images(refs, max_pixels=data_args.max_pixels, processes=processes, progress=show)
+    limits: dict[str, Any] = {"max_pixels": data_args.max_pixels, "processes": processes}
+    facts = inspect_images(pictures, len(pictures), progress=show, **limits)
     seconds = time.perf_counter() - started
     _report_quarantine(report, sides)
-    _report_images(report, facts, seconds)
-    _report_look_alikes(report, sides, facts)
+    _report_images(report, pictures, facts, seconds)
+    _report_look_alikes(report, sides, pictures, facts)
     usable = _usable(report, sides, facts, data_args)
     texts = None
     for side in usable:
@@ -89,33 +95,33 @@ def check_data(
     return report
 
 
-def _side(name: str, data: LoadedData) -> _Side:
-    return _Side(name, data, [tuple(ImageRef(**image) for image in row) for row in data.dataset["images"]])
-
-
 def _report_quarantine(report: Report, sides: Sequence[_Side]) -> None:
     for side in sides:
         rows = side.data.quarantine.rows
         for kind in dict.fromkeys(row.kind for row in rows):
             of_kind = [row for row in rows if row.kind == kind]
             named = [row.reason if row.id in row.reason else f"{row.id}: {row.reason}" for row in of_kind]
-            report.add("error", kind, named, f"{len(of_kind):,} {side.name} rows cannot be used: {kind}.",
+            report.add("error", kind, named,
+                       f"{many(len(of_kind), f'{side.name} row', f'{side.name} rows')} cannot be used: {kind}.",
                        "Mend or remove them.")  # fmt: skip
 
 
-def _report_images(report: Report, facts: dict[ImageRef, ImageFacts], seconds: float) -> None:
+def _report_images(report: Report, pictures: Pictures, facts: Sequence[ImageFacts], seconds: float) -> None:
     for kind, advice in ADVICE.items():
-        bad = [ref for ref, image in facts.items() if image.kind == kind]
-        report.add("error", f"image {kind}", [facts[ref].problem for ref in bad],
-                   f"{len(bad):,} images are {kind}.", advice, bad)  # fmt: skip
-    for note, (level, what) in NOTES.items():
-        some = [ref for ref, image in facts.items() if note in image.notes]
-        report.add(level, note, [ref.name for ref in some], f"{len(some):,} images {what}", "", some)  # type: ignore[arg-type]
-    good = [image for image in facts.values() if not image.kind]
+        bad = [number for number, image in enumerate(facts) if image.kind == kind]
+        said = [facts[number].problem.replace(UNNAMED, pictures.name(number), 1) for number in bad[:EXAMPLES]]
+        report.add("error", f"image {kind}", said, f"{many(len(bad), 'image is', 'images are')} {kind}.", advice,
+                   _shown(pictures, bad), count=len(bad))  # fmt: skip
+    for note, (level, one, more, what) in NOTES.items():
+        some = [number for number, image in enumerate(facts) if note in image.notes]
+        names = [pictures.name(number) for number in some[:EXAMPLES]]
+        report.add(level, note, names, f"{many(len(some), one, more)} {what}", "",  # type: ignore[arg-type]
+                   _shown(pictures, some), count=len(some))  # fmt: skip
+    good = [image for image in facts if not image.kind]
     report.numbers["images"] = {
         "images": len(facts),
         "bad": len(facts) - len(good),
-        "bytes": sum(image.n_bytes for image in facts.values()),
+        "bytes": sum(image.n_bytes for image in facts),
         "formats": dict(Counter(image.format for image in good).most_common()),
         "modes": dict(Counter(image.mode for image in good).most_common()),
         "seconds": round(seconds, 2),
@@ -125,60 +131,64 @@ def _report_images(report: Report, facts: dict[ImageRef, ImageFacts], seconds: f
     report.histograms["Shorter side of an image, pixels"] = histogram([min(image.size) for image in good])
 
 
-def _report_look_alikes(report: Report, sides: Sequence[_Side], facts: dict[ImageRef, ImageFacts]) -> None:
-    refs = list(facts)
-    groups = [[refs[index] for index in group] for group in look_alikes(list(facts.values()))]
-    on_side = [{ref for row in side.refs for ref in row} for side in sides]
+def _shown(pictures: Pictures, numbers: Iterable[int]) -> Iterator[tuple[str, ImageRef]]:
+    return ((pictures.name(number), pictures[number]) for number in numbers)
+
+
+def _report_look_alikes(
+    report: Report, sides: Sequence[_Side], pictures: Pictures, facts: Sequence[ImageFacts]
+) -> None:
+    groups = look_alikes(facts)
+    on_side = [{number for row in side.rows for number in row} for side in sides]
     # One file on both sides needs no hash to be found, and no second file to form a group.
-    both = on_side[0] & on_side[1] if len(on_side) > 1 else set[ImageRef]()
-    across = [group for group in groups if len(on_side) > 1 and all(any(r in side for r in group) for side in on_side)]
-    report.add("warning", "same image on both sides", [ref.name for ref in facts if ref in both],
-               f"{len(both):,} images are in the training and in the evaluation data.",
-               "Split by image: validation_fraction does.", [ref for ref in facts if ref in both])  # fmt: skip
-    report.add("warning", "alike on both sides", [_named(group) for group in across],
-               f"{len(across):,} groups of images that are equal or look alike lie on both sides: scores of "
-               "them say little.", "Take one side's out.", [ref for group in across for ref in group[:2]])  # fmt: skip
-    equal = [group for group in groups if len({facts[ref].key for ref in group}) == 1]
-    near = [group for group in groups if group not in equal]
+    both = sorted(on_side[0] & on_side[1]) if len(on_side) > 1 else []
+    across = [group for group in groups if len(on_side) > 1 and all(side.intersection(group) for side in on_side)]
+    report.add("warning", "same image on both sides", [pictures.name(number) for number in both[:EXAMPLES]],
+               f"{many(len(both), 'image is', 'images are')} in the training and in the evaluation data.",
+               "Split by image: validation_fraction does.", _shown(pictures, both), count=len(both))  # fmt: skip
+    report.add("warning", "alike on both sides", [_named(group, pictures) for group in across[:EXAMPLES]],
+               f"{many(len(across), 'group', 'groups')} of images that are equal or look alike lie on both sides: "
+               "scores of them say little.", "Take one side's out.",
+               _shown(pictures, (number for group in across for number in group[:2])), count=len(across))  # fmt: skip
+    equal = [group for group in groups if len({facts[number].key for number in group}) == 1]
+    near = [group for group in groups if len({facts[number].key for number in group}) > 1]
     for kind, some, what in (
         ("equal images", equal, "the same bytes under other names"),
         ("look alike", near, "nearly the same picture"),
     ):
         count = sum(len(group) for group in some)
-        report.add("note", kind, [_named(group) for group in some],
-                   f"{count:,} images in {len(some):,} groups have {what}.", "",
-                   [ref for group in some for ref in group[:2]], count=count)  # fmt: skip
+        report.add("note", kind, [_named(group, pictures) for group in some[:EXAMPLES]],
+                   f"{count:,} images in {many(len(some), 'group', 'groups')} have {what}.", "",
+                   _shown(pictures, (number for group in some for number in group[:2])), count=count)  # fmt: skip
 
 
-def _named(group: Sequence[ImageRef]) -> str:
-    return " = ".join("/".join(Path(ref.name).parts[-3:]) for ref in group[:4]) + (
-        f" and {len(group) - 4:,} more" if len(group) > 4 else ""
-    )
+def _named(group: Sequence[int], pictures: Pictures) -> str:
+    names = ("/".join(Path(pictures.name(number)).parts[-3:]) for number in group[:4])
+    return " = ".join(names) + (f" and {len(group) - 4:,} more" if len(group) > 4 else "")
 
 
-def _usable(
-    report: Report, sides: Sequence[_Side], facts: dict[ImageRef, ImageFacts], args: VLMDataArguments
-) -> list[_Side]:
+def _usable(report: Report, sides: Sequence[_Side], facts: Sequence[ImageFacts], args: VLMDataArguments) -> list[_Side]:
     """Leave out rows with bad images, say whether training would refuse that, and draw what it would draw."""
     found_first = FOUND_BY[args.verify_images]
-    bad = {ref: image.kind for ref, image in facts.items() if image.kind}
+    bad = {number: image.kind for number, image in enumerate(facts) if image.kind}
     kept: list[_Side] = []
     counts: list[tuple[int, int]] = []
     later = 0
     for side in sides:
-        kinds = [[bad[ref] for ref in row if ref in bad] for row in side.refs]
+        kinds = [[bad[number] for number in row if number in bad] for row in side.rows]
         seen = sum(any(kind in found_first for kind in row) for row in kinds)
         later += sum(bool(row) and not any(kind in found_first for kind in row) for row in kinds)
         counts.append((len(side.data.quarantine) + seen, len(side.data.quarantine) + len(kinds)))
-        rows = [index for index, row in enumerate(kinds) if not row]
+        rows = np.flatnonzero([not row for row in kinds])
         data = side.data
         limit = args.max_train_samples if side.name == "training" else args.max_eval_samples
-        chosen = replace(data, dataset=data.dataset if len(rows) == len(kinds) else data.dataset.select(rows))
-        kept.append(_side(side.name, subset(chosen, limit, args.split_seed)))
+        chosen = rows[drawn(len(rows), limit, args.split_seed)].tolist()
+        dataset = data.dataset if len(chosen) == len(kinds) else data.dataset.select(chosen)
+        kept.append(_Side(side.name, replace(data, dataset=dataset), [side.rows[index] for index in chosen]))
         report.numbers[side.name] = {
             "rows": len(kinds) + len(data.quarantine),
             "set_aside": len(data.quarantine) + len(kinds) - len(rows),
-            "used": len(kept[-1].refs),
+            "used": len(chosen),
         }
     if args.validation_fraction and len(counts) > 1:
         # Both sides are read as one, and refused as one.
@@ -191,18 +201,18 @@ def _usable(
             )
     if later:
         report.refused.append(
-            f"{later:,} rows have an image that verify_images {args.verify_images!r} does not find bad: the run would "
-            "stop where it meets them. Set verify_images: full, or mend the images"
+            f"{many(later, 'row has', 'rows have')} an image that verify_images {args.verify_images!r} does not find "
+            "bad: the run would stop there. Set verify_images: full, or mend the images"
         )
-    report.refused += [f"no {side.name} row is left" for side in kept if not side.refs]
-    return [side for side in kept if side.refs]
+    report.refused += [f"no {side.name} row is left" for side in kept if not side.rows]
+    return [side for side in kept if side.rows]
 
 
-def _keys(side: _Side, facts: dict[ImageRef, ImageFacts]) -> list[str]:
-    return [" ".join(facts[ref].key for ref in row) for row in side.refs]
+def _keys(side: _Side, facts: Sequence[ImageFacts]) -> list[str]:
+    return [" ".join(facts[number].key for number in row) for row in side.rows]
 
 
-def _report_sharing(report: Report, side: _Side, facts: dict[ImageRef, ImageFacts]) -> None:
+def _report_sharing(report: Report, side: _Side, facts: Sequence[ImageFacts]) -> None:
     texts = Counter(key for key in _keys(side, facts) if key)
     if texts:
         report.histograms[f"Texts of an image, {side.name}"] = histogram(list(texts.values()))
@@ -215,7 +225,7 @@ def _report_sharing(report: Report, side: _Side, facts: dict[ImageRef, ImageFact
 def _report_model(
     report: Report,
     sides: Sequence[_Side],
-    facts: dict[ImageRef, ImageFacts],
+    facts: Sequence[ImageFacts],
     data_args: VLMDataArguments,
     model_args: BaseModelArguments,
     processes: int | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ class Finding:
         text: what was found.
         advice: what to do; empty where nothing need be done.
         examples: names of the first of them, with the reason.
-        images: images to show, the worst first.
+        images: images to show with their names, the worst first.
     """
 
     level: Level
@@ -35,7 +36,7 @@ class Finding:
     text: str
     advice: str = ""
     examples: tuple[str, ...] = ()
-    images: tuple[ImageRef, ...] = ()
+    images: tuple[tuple[str, ImageRef], ...] = ()
 
 
 @dataclass
@@ -67,14 +68,14 @@ class Report:
         names: Sequence[str],
         text: str,
         advice: str = "",
-        images: Iterable[ImageRef] = (),
+        images: Iterable[tuple[str, ImageRef]] = (),
         *,
         count: int | None = None,
     ) -> None:
         """Add a finding about rows or images, unless there are none."""
         count = len(names) if count is None else count
         if count:
-            shown = tuple(images)[:EXAMPLES]
+            shown = tuple(islice(images, EXAMPLES))
             self.findings.append(Finding(level, kind, count, text, advice, tuple(names[:EXAMPLES]), shown))
 
     def sorted_findings(self) -> list[Finding]:
@@ -106,19 +107,28 @@ class Report:
         }
 
 
+def many(count: int, one: str, more: str) -> str:
+    """Say how many: ``many(2, "image is", "images are")`` is "2 images are"."""
+    return f"{count:,} {one if count == 1 else more}"
+
+
 def histogram(values: Sequence[int], *, bars: int = 12) -> Histogram:
-    """Count whole numbers in at most ``bars`` ranges of equal width; the last range takes the highest 1 %."""
+    """Count whole numbers in ranges of equal width, and the lowest and highest 1 % in a range of their own.
+
+    Args:
+        values: what is counted.
+        bars: most ranges of equal width.
+    """
     if not len(values):
         return []
     array = np.asarray(values, dtype=np.int64)
-    low, top = int(array.min()), int(array.max())
-    high = max(low, int(np.quantile(array, 0.99)))
+    low, high = (int(np.quantile(array, share, method="nearest")) for share in (0.01, 0.99))
     width = max(1, -(-(high - low + 1) // bars))
-    counted: Histogram = []
-    start = low
-    while start <= high:
-        stop = top if start + width > high else start + width - 1
-        label = str(start) if stop == start else f"{start:,} to {stop:,}"
-        counted.append((label, int(((array >= start) & (array <= stop)).sum())))
-        start += width
-    return counted
+    starts = list(range(low, high + 1, width))
+    edges = [*starts, min(starts[-1] + width, high + 1)]
+    ranges = [(int(array.min()), low - 1), *((a, b - 1) for a, b in pairwise(edges)), (edges[-1], int(array.max()))]
+    return [
+        (str(start) if start == stop else f"{start:,} to {stop:,}", int(((array >= start) & (array <= stop)).sum()))
+        for start, stop in ranges
+        if start <= stop
+    ]

@@ -16,21 +16,46 @@ from vlmtune.inspection.findings import Histogram
 
 THUMBNAIL = 144
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --bar: #4a7ab5; --good: #2e7d4f; --bad: #b3372f; --warn: #a86a00; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.bars td.b { width: 22rem; } .bars i { display: block; height: .8rem; background: var(--bar); border-radius: 2px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 0 2rem; }
-.verdict { padding: .7rem 1rem; border-radius: 6px; border-left: 6px solid; }
-.ok { border-color: var(--good); background: #2e7d4f18; } .no { border-color: var(--bad); background: #b3372f18; }
-.finding { border-top: 1px solid var(--line); padding: .6rem 0; }
-.level { font-weight: 600; } .error { color: var(--bad); } .warning { color: var(--warn); }
-details { color: GrayText; } details li { overflow-wrap: anywhere; }
-figure { display: inline-block; margin: .3rem .6rem .3rem 0; width: 9rem; vertical-align: top; }
-figure img { max-width: 100%; border: 1px solid var(--line); }
-figcaption { font-size: .75rem; overflow-wrap: anywhere; }
+:root {
+  color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1d2329; --soft: #5d6873; --line: #d9dee4;
+  --bar: #4a7ab5; --good: #1f7a45; --bad: #b3261e; --warn: #8f5a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14171a; --card: #1d2125; --ink: #e4e8ec; --soft: #9aa5b0; --line: #343b42;
+    --bar: #6f9fd8; --good: #58c083; --bad: #ff8a80; --warn: #e8b04b;
+  }
+}
+body {
+  font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+  background: var(--page); color: var(--ink);
+}
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: .95rem; margin: 0 0 .4rem; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .12rem .8rem .12rem 0; vertical-align: top; }
+th { font-weight: 400; color: var(--soft); }
+td.n, .bars td:first-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.bars { width: 100%; } .bars td.b { width: 99%; } .bars td.n { padding-right: 0; }
+.bars i { display: block; height: .8rem; margin-top: .3rem; background: var(--bar); border-radius: 2px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.4rem, 1fr)); gap: .7rem; margin: 1rem 0; }
+.card, .tile, .finding { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.card { padding: .9rem 1rem; overflow-wrap: anywhere; }
+.tile { padding: .6rem .8rem; color: var(--soft); }
+.tile strong { display: block; color: var(--ink); font-size: 1.35rem; font-weight: 600; line-height: 1.3; }
+.verdict { padding: .7rem 1rem; border-radius: 8px; border-left: 6px solid; background: var(--card); font-weight: 600; }
+.verdict ul { font-weight: 400; margin: .3rem 0 0; padding-left: 1.2rem; }
+.ok { border-color: var(--good); } .no { border-color: var(--bad); }
+.finding { padding: .7rem 1rem; margin: .6rem 0; border-left: 4px solid var(--line); }
+.finding.error { border-left-color: var(--bad); } .finding.warning { border-left-color: var(--warn); }
+.level { font-size: .75rem; font-weight: 600; text-transform: uppercase; letter-spacing: .04em; margin-right: .5rem; }
+.level.error { color: var(--bad); } .level.warning { color: var(--warn); } .level.note, .advice { color: var(--soft); }
+summary { cursor: pointer; } details { color: var(--soft); margin-top: .3rem; }
+details ul { margin: .3rem 0; padding-left: 1.2rem; } details li { overflow-wrap: anywhere; }
+figure { display: inline-block; margin: .6rem .6rem 0 0; width: 9rem; vertical-align: top; }
+figure img, .none { max-width: 100%; border: 1px solid var(--line); border-radius: 4px; display: block; }
+.none { height: 5rem; line-height: 5rem; text-align: center; color: var(--soft); border-style: dashed; }
+figcaption { font-size: .75rem; color: var(--soft); overflow-wrap: anywhere; }
 """
 
 
@@ -66,6 +91,12 @@ def shown(value: object) -> str:
     return str(value)
 
 
+def tiles(rows: Iterable[tuple[str, object]]) -> str:
+    """Return the numbers that a person looks at first."""
+    cells = (f'<div class="tile"><strong>{escape(shown(value))}</strong>{escape(name)}</div>' for name, value in rows)
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
 def bars(histogram: Histogram) -> str:
     """Return a histogram as a table with bars."""
     most = max((count for _, count in histogram), default=0) or 1
@@ -88,7 +119,7 @@ def figure(ref: ImageRef, caption: str) -> str:
     try:
         picture = f'<img src="{data_address(small(ref))}" alt="{escape(caption)}">'
     except ImageError:
-        picture = "(cannot be shown)"
+        picture = '<div class="none">cannot be shown</div>'
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 

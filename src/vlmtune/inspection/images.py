@@ -9,11 +9,13 @@ import hashlib
 import io
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -102,16 +104,18 @@ def inspect_image(ref: ImageRef, *, max_pixels: int | None = None) -> ImageFacts
 
 
 def inspect_images(
-    refs: Sequence[ImageRef],
+    refs: Iterable[ImageRef],
+    total: int,
     *,
     max_pixels: int | None = None,
     processes: int | None = None,
     progress: Progress | None = None,
-) -> dict[ImageRef, ImageFacts]:
-    """Inspect images on several processes; only their facts are kept.
+) -> list[ImageFacts]:
+    """Inspect images on several processes; only their facts are kept, and a few images are read ahead.
 
     Args:
         refs: images, each once.
+        total: how many they are.
         max_pixels: as :func:`inspect_image`.
         processes: worker processes; by default one a CPU core, and none for few images.
         progress: called after each image.
@@ -120,30 +124,39 @@ def inspect_images(
         DataError: a worker process died, as when the machine runs out of memory.
     """
     inspect = partial(inspect_image, max_pixels=max_pixels)
-    workers = processes or (len(os.sched_getaffinity(0)) if len(refs) >= PARALLEL_FROM else 1)
-    found: dict[ImageRef, ImageFacts] = {}
-
-    def keep(facts: ImageFacts) -> None:
-        found[refs[len(found)]] = facts
+    workers = processes or (len(os.sched_getaffinity(0)) if total >= PARALLEL_FROM else 1)
+    found: list[ImageFacts] = []
+    for facts in map(inspect, refs) if workers == 1 else _on_processes(refs, inspect, workers):
+        found.append(facts)
         if progress:
-            progress(len(found), len(refs))
-
-    if workers == 1:
-        for ref in refs:
-            keep(inspect(ref))
-        return found
-    # Forked workers could inherit a lock that a thread of this process holds.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        with pool:
-            for facts in pool.map(inspect, refs, chunksize=AT_ONCE):
-                keep(facts)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"A process that decodes images died near {refs[len(found)].name}: the machine may be out of memory. Use "
-            "fewer --processes, or take that image out."
-        ) from error
+            progress(len(found), total)
     return found
+
+
+def _on_processes(
+    refs: Iterable[ImageRef], inspect: Callable[[ImageRef], ImageFacts], workers: int
+) -> Iterator[ImageFacts]:
+    """Yield what is found of each image in their order."""
+    images_left = iter(refs)
+    waiting: deque[tuple[str, Future[list[ImageFacts]]]] = deque()
+    # Forked workers could inherit a lock that a thread of this process holds.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        while (chunk := list(islice(images_left, AT_ONCE))) or waiting:
+            try:
+                if chunk:
+                    waiting.append((chunk[0].name, pool.submit(_inspect_all, chunk, inspect)))
+                if not chunk or len(waiting) > 2 * workers:
+                    yield from waiting[0][1].result()
+                    waiting.popleft()
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"A process that decodes images died at {waiting[0][0]} or one of the next {AT_ONCE:,}: the "
+                    "machine may be out of memory. Use fewer --processes, or take that image out."
+                ) from error
+
+
+def _inspect_all(refs: list[ImageRef], inspect: Callable[[ImageRef], ImageFacts]) -> list[ImageFacts]:
+    return [inspect(ref) for ref in refs]
 
 
 def _decoded(content: bytes, key: str) -> ImageFacts:

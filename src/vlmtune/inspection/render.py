@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from vlmtune.errors import OutputError
 from vlmtune.inspection.findings import Finding, Histogram, Report
-from vlmtune.inspection.html import bars, figure, items, page, shown, table
+from vlmtune.inspection.html import bars, figure, items, page, shown, table, tiles
 
 JSON_NAME, PAGE_NAME = "check.json", "check.html"
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -68,32 +69,56 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 
 def html_page(report: Report) -> str:
     """Return the report as one page that needs no other file."""
+    reasons = items([f"{reason[:1].upper()}{reason[1:]}." for reason in report.refused]) if report.refused else ""
+    said = f"Training would be refused.{reasons}" if report.refused else escape(verdict(report))
+    numbers = (
+        f'<div class="card"><h3>{escape(section)}</h3>'
+        f"{table((name.replace('_', ' '), value) for name, value in found.items())}</div>"
+        for section, found in report.numbers.items()
+    )
     parts = [
         f"<h1>Check of {escape(report.source)}</h1>",
-        f'<p class="verdict {"no" if report.refused else "ok"}">{escape(verdict(report))}</p>',
+        f'<div class="verdict {"no" if report.refused else "ok"}">{said}</div>',
+        tiles(_first_numbers(report)),
         "<h2>Findings</h2>",
         *(_finding(finding) for finding in report.sorted_findings()),
         "" if report.findings else "<p>None.</p>",
-        "<h2>Numbers</h2>",
-        *(
-            f"<h3>{escape(section)}</h3>" + table((name.replace("_", " "), value) for name, value in numbers.items())
-            for section, numbers in report.numbers.items()
-        ),
         '<h2>Histograms</h2><div class="grid">',
-        *(f"<div><h3>{escape(title)}</h3>{bars(rows)}</div>" for title, rows in report.histograms.items() if rows),
+        *(_histogram(title, rows) for title, rows in report.histograms.items() if rows),
+        _histogram("Most frequent answers", report.answers) if report.answers else "",
+        '</div><h2>Numbers</h2><div class="grid">',
+        *numbers,
         "</div>",
-        f"<h2>Most frequent answers</h2>{bars(report.answers)}" if report.answers else "",
     ]
     return page(f"Check of {report.source}", "\n".join(parts))
 
 
+def _first_numbers(report: Report) -> Iterator[tuple[str, object]]:
+    images = report.numbers["images"]
+    for side in ("training", "evaluation"):
+        if side in report.numbers:
+            yield f"{side} rows used", report.numbers[side]["used"]
+    yield "images", images["images"]
+    yield "images a second", images["images_per_second"]
+    if "texts_per_image" in report.numbers.get("training", {}):
+        yield "texts an image", report.numbers["training"]["texts_per_image"]
+    if tokens := report.numbers.get("training tokens"):
+        yield "training tokens", tokens["tokens"]
+        yield "of them supervised", f"{tokens['supervised_share']:.1%}"
+        yield "tokens of the longest row", tokens["longest"]
+
+
+def _histogram(title: str, rows: Histogram) -> str:
+    return f'<div class="card"><h3>{escape(title)}</h3>{bars(rows)}</div>'
+
+
 def _finding(finding: Finding) -> str:
-    figures = "".join(figure(ref, ref.filename or ref.name) for ref in finding.images[:FIGURES])
+    figures = "".join(figure(ref, ref.filename or name) for name, ref in finding.images[:FIGURES])
     examples = items(finding.examples, finding.count - len(finding.examples) if not finding.images else 0)
     listed = f"<details><summary>examples</summary>{examples}</details>" if finding.examples else ""
     return (
-        f'<div class="finding"><span class="level {finding.level}">{finding.level}</span> '
-        f"{escape(finding.text)} {escape(finding.advice)}{listed}{figures}</div>"
+        f'<div class="finding {finding.level}"><span class="level {finding.level}">{finding.level}</span>'
+        f'{escape(finding.text)} <span class="advice">{escape(finding.advice)}</span>{listed}{figures}</div>'
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vlmtune.data.sample import Sample
-from vlmtune.inspection.findings import Report, histogram
+from vlmtune.inspection.findings import Report, histogram, many
 
 SHORT_WORDS = 3
 # From this share of short answers on, the data are questions with short answers.
@@ -79,18 +79,19 @@ def report_texts(report: Report, side: str, facts: TextFacts, against: TextFacts
     """
     report.histograms[f"Words of an answer, {side}"] = histogram(facts.words)
     report.add("error" if side == "training" else "note", "no answer", facts.without_answer,
-               f"{len(facts.without_answer):,} {side} rows end without an answer; there is nothing to learn from.",
+               f"{many(len(facts.without_answer), f'{side} row ends', f'{side} rows end')} without an answer; there is "
+               "nothing to learn from.",
                "Give them an answer or leave them out.")  # fmt: skip
     report.add("note", "no image", facts.without_image,
-               f"{len(facts.without_image):,} {side} rows are text alone.")  # fmt: skip
+               f"{many(len(facts.without_image), f'{side} row is', f'{side} rows are')} text alone.")  # fmt: skip
     contrary = [
         f"{found[0][0]} and {found[1][0]}: {found[0][1]!r} and {found[1][1]!r}"
         for asked in facts.by_question.values()
         if len(found := _contrary(asked)) > 1
     ]
     report.add("warning", "contradiction", contrary,
-               f"{len(contrary):,} times the same question about the same image has different answers in the "
-               f"{side} data.", "Keep one answer, or name all of them as references.")  # fmt: skip
+               f"{many(len(contrary), 'time', 'times')} the same question about the same image has different answers "
+               f"in the {side} data.", "Keep one answer, or name all of them as references.")  # fmt: skip
     total = sum(facts.answers.values())
     if facts.short:
         common = facts.answers.most_common(20)
@@ -105,14 +106,15 @@ def report_texts(report: Report, side: str, facts: TextFacts, against: TextFacts
             unseen = [text for text in facts.answers if text not in against.answers]
             rows = sum(facts.answers[text] for text in unseen)
             report.add("warning", "unseen answers", unseen,
-                       f"{rows:,} evaluation rows ask for one of {len(unseen):,} answers that training never shows.",
+                       f"{many(rows, 'evaluation row asks', 'evaluation rows ask')} for an answer that training never "
+                       f"shows ({many(len(unseen), 'answer', 'answers')}).",
                        count=rows)  # fmt: skip
     else:
         repeated = [(text, n) for text, n in facts.answers.most_common() if n > 1]
         rows = sum(n - 1 for _, n in repeated)
         level = "warning" if rows > REPEATED_SHARE * total else "note"
         report.add(level, "repeated text", [f"{n:,} times: {text[:80]!r}" for text, n in repeated],  # type: ignore[arg-type]
-                   f"{rows:,} {side} texts repeat another row's, word for word.",
+                   f"{many(rows, f'{side} text repeats', f'{side} texts repeat')} another row's, word for word.",
                    "Where they say nothing of their image, leave them out." if level == "warning" else "",
                    count=rows)  # fmt: skip
 

@@ -16,7 +16,7 @@ from vlmtune.batching.scan import measure_rows
 from vlmtune.batching.sharing import describe_saving
 from vlmtune.data.sample import Sample
 from vlmtune.errors import VlmtuneError
-from vlmtune.inspection.findings import Report, histogram
+from vlmtune.inspection.findings import Report, histogram, many
 
 _COLUMNS = {"length": "int64", "image_tokens": "int64", "supervised": "int64", "reason": "string"}
 
@@ -91,7 +91,8 @@ def report_tokens(
     ids = [str(name) for name in dataset["id"]]
     bad = [f"{ids[index]}: {reason}" for index, reason in enumerate(facts.reasons) if reason]
     report.add("error", "cannot be encoded", bad,
-               f"{len(bad):,} {side} rows cannot become tokens of this model.", "Mend or remove them.")  # fmt: skip
+               f"{many(len(bad), f'{side} row', f'{side} rows')} cannot become tokens of this model.",
+               "Mend or remove them.")  # fmt: skip
     good = facts.lengths[facts.lengths > 0]
     if len(good):
         report.histograms[f"Tokens of a row, {side}"] = histogram(good.tolist())
@@ -101,7 +102,7 @@ def report_tokens(
     long = [] if max_length is None else np.flatnonzero(facts.lengths > max_length).tolist()
     refused = [] if max_length is None else _cut(report, side, dataset, facts, encoder, long, max_length, on_too_long)
     if refused:
-        report.refused.append(f"{len(refused):,} {side} rows are longer than max_length {max_length:,}")
+        report.refused.append(f"{_rows_are(len(refused), side)} longer than max_length {max_length:,}")
     if len(bad) > max_bad_fraction * len(ids):
         report.refused.append(
             f"{len(bad):,} of {len(ids):,} {side} rows cannot be encoded, more than max_bad_fraction "
@@ -132,7 +133,7 @@ def _cut(
 ) -> list[str]:
     """Report the rows above the limit; return those that training refuses."""
     names = [f"{dataset[index]['id']}: {facts.lengths[index]:,} tokens" for index in long[:20]]
-    over = f"{len(long):,} {side} rows are longer than max_length {max_length:,}"
+    over = f"{_rows_are(len(long), side)} longer than max_length {max_length:,}"
     if on_too_long != "truncate_text":
         level, what = ("error", "training stops") if on_too_long == "error" else ("warning", "they are left out")
         advice = f"Raise max_length to {int(facts.lengths.max()):,}, or set on_too_long."
@@ -152,8 +153,13 @@ def _cut(
     report.add("warning", "cut", names, f"{over}: {lost:,} of their {learned:,} supervised tokens are cut off.",
                f"Raise max_length to {int(facts.lengths.max()):,}.", count=len(long))  # fmt: skip
     report.add("error", "nothing left after cutting", refused,
-               f"{len(refused):,} {side} rows would lose an image, or every supervised token.")  # fmt: skip
+               f"{many(len(refused), f'{side} row', f'{side} rows')} would lose an image, or every supervised "
+               "token.")  # fmt: skip
     return refused
+
+
+def _rows_are(count: int, side: str) -> str:
+    return many(count, f"{side} row is", f"{side} rows are")
 
 
 def sharing(keys: Sequence[str], facts: TokenFacts) -> str:

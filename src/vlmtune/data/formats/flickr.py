@@ -239,9 +239,9 @@ def _list_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
 
 def _karpathy(file: Path) -> list[dict[str, object]]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         return [image if isinstance(image, dict) else {} for image in content["images"]]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise DataError(f"{file} cannot be read as Karpathy's splits ({error}). Download it again.") from error
 
 
@@ -271,7 +271,7 @@ def _karpathy_split(image: dict[str, object]) -> str | None:
 def _split_files(folder: Path) -> dict[str, Path]:
     found = {}
     for file in folder.iterdir():
-        if match := _SPLIT_FILE.match(file.name):
+        if (match := _SPLIT_FILE.match(file.name)) and file.is_file():
             found[match["split"].lower()] = file
     return found
 
@@ -282,7 +282,11 @@ def _names_of_split(folder: Path, split: str | None) -> set[str] | None:
         return None
     if split not in files:
         raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(files))}.{nearest(split, files)}")
-    return {line.strip() for line in files[split].read_text(encoding="utf-8").splitlines() if line.strip()}
+    try:
+        text = files[split].read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{files[split]} cannot be read as a list of images ({error}). Download it again.") from error
+    return {line.strip() for line in text.splitlines() if line.strip()}
 
 
 def _in_split(caption: Caption, split: str, names: set[str] | None) -> bool:

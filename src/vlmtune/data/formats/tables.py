@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmtune.data.formats.base import Format, Source
-from vlmtune.data.formats.files import chosen, id_prefix, samples_of, shard_split
+from vlmtune.data.formats.files import RowError, chosen, id_prefix, samples_of, shard_split
 from vlmtune.data.formats.rows import make_sample, shape_of
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError
 
 SUFFIXES = (".parquet", ".arrow")
+# What a file of Arrow's begins with where it is no stream.
+_ARROW_FILE = b"ARROW1"
 # Rows with their images' bytes: a few hundred megabytes at most.
 ROWS_AT_ONCE = 256
 
@@ -42,13 +45,14 @@ def splits(path: Path) -> tuple[str, ...]:
 def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     """Yield one sample a row."""
     for split, files in chosen(source, _files(source.path)):
-        first = 0
+        numbers = count()
         for file in files:
-            yield from _load_file(file, first, id_prefix(split), source, quarantine)
-            first += _count(file)
+            yield from _load_file(file, numbers, id_prefix(split), source, quarantine)
 
 
-def _load_file(file: Path, first: int, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
+def _load_file(
+    file: Path, numbers: Iterator[int], prefix: str, source: Source, quarantine: Quarantine
+) -> Iterator[Sample]:
     images = source.image_dir or file.parent
     features = _features(file)
     labels = _class_names(features.get(source.columns.get("objects", "objects")))
@@ -57,18 +61,27 @@ def _load_file(file: Path, first: int, prefix: str, source: Source, quarantine: 
     def make(_: str, item: tuple[int, Any]) -> Sample:
         row = dict(item[1])
         for name in names.keys() & row.keys():
-            row[name] = names[name][row[name]] if row[name] is not None else None
+            row[name] = _class_name(names[name], row[name]) if row[name] is not None else None
         return make_sample(row, f"{prefix}{item[0]}", images, source, labels=labels)
 
-    yield from samples_of(_rows(file, first), make, quarantine)
+    yield from samples_of(_rows(file, numbers), make, quarantine)
 
 
-def _rows(file: Path, first: int) -> Iterator[tuple[str, tuple[int, Any]]]:
+def _class_name(names: list[str], number: int) -> str:
+    """The name of a class; -1 stands for none where data are published without their labels."""
+    if not 0 <= number < len(names):
+        raise RowError(f"its label {number} is none of the {len(names)} that the data name", "unusable label")
+    return names[number]
+
+
+def _rows(file: Path, numbers: Iterator[int]) -> Iterator[tuple[str, tuple[int, Any]]]:
     index = 0
     try:
         for batch in _batches(file):
+            # Places that a damaged file names outside of itself would be read all the same.
+            batch.validate(full=True)
             for row in batch.to_pylist():
-                yield f"{file.name}, row {index}", (first + index, row)
+                yield f"{file.name}, row {index}", (next(numbers), row)
                 index += 1
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read from row {index} on ({error}). Download or write it again.") from error
@@ -79,26 +92,22 @@ def _batches(file: Path) -> Iterator[Any]:
         with pq.ParquetFile(file) as table:
             yield from table.iter_batches(ROWS_AT_ONCE)
         return
-    with pa.memory_map(str(file)) as mapped:
-        for batch in _arrow_batches(mapped):
+    # Not mapped: of a file cut short the missing part would end the process by a signal (SIGBUS).
+    with pa.OSFile(str(file)) as opened:
+        for batch in _arrow_batches(opened):
             yield from (batch.slice(start, ROWS_AT_ONCE) for start in range(0, batch.num_rows, ROWS_AT_ONCE))
 
 
-def _arrow_batches(mapped: Any) -> Iterator[Any]:
+def _arrow_batches(opened: Any) -> Iterator[Any]:
     """Batches of either of Arrow's two layouts: a stream, which ``datasets`` writes, or a file."""
-    try:
-        yield from pa.ipc.open_stream(mapped)
-    except pa.ArrowInvalid:
-        mapped.seek(0)
-        opened = pa.ipc.open_file(mapped)
-        for index in range(opened.num_record_batches):
-            yield opened.get_batch(index)
-
-
-def _count(file: Path) -> int:
-    if file.suffix.lower() == ".parquet":
-        return int(pq.read_metadata(file).num_rows)
-    return sum(batch.num_rows for batch in _batches(file))
+    is_file = opened.read(len(_ARROW_FILE)) == _ARROW_FILE
+    opened.seek(0)
+    if not is_file:
+        yield from pa.ipc.open_stream(opened)
+        return
+    batches = pa.ipc.open_file(opened)
+    for index in range(batches.num_record_batches):
+        yield batches.get_batch(index)
 
 
 def _schema(file: Path) -> Any:

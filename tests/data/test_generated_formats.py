@@ -1,0 +1,232 @@
+"""Generated rows in every format's layout, good and bad: each is trained on or named, or the file ends in an error."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vlmtune.data.loading import load_samples
+from vlmtune.data.quarantine import Quarantine
+from vlmtune.errors import DataError, VlmtuneError
+
+EXAMPLES = 15
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        ["A dog.", " ", "", "<image>", "猫 и 🐈", 'a "quoted", one', "two\nlines", "\x00", "\ud800", "x" * 3000]
+    ),
+)
+NAMES = st.one_of(
+    st.sampled_from(["0.jpg", "猫.jpg", "cut.jpg", "page.jpg", "empty.jpg", "bomb.png", "gone.jpg", "out.jpg"]),
+    st.sampled_from(["../outside.jpg", "/etc/passwd", "", "a" * 400, "0.jpg/x", "http://example.org/a.jpg"]),
+    TEXTS,
+)
+WRONG = st.one_of(st.none(), st.booleans(), st.floats(), TEXTS, st.lists(TEXTS, max_size=2), st.just({}))
+NUMBERS = st.one_of(st.integers(0, 3), st.sampled_from([-1, 10**20, "1", 1.5, None, [], True]))
+
+
+def mostly(right: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(right, right, right, WRONG)
+
+
+def row(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Rows with these fields, of which some hold another type or lack, and values that are no row."""
+    whole = st.fixed_dictionaries({name: mostly(value) for name, value in fields.items()})
+    parts = st.fixed_dictionaries({}, optional={name: mostly(value) for name, value in fields.items()})
+    return st.one_of(whole, whole, whole, parts, WRONG)
+
+
+def json_file(place: Path, name: str, content: Any) -> None:
+    (place / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+BOX = st.one_of(st.just([1, 2, 20, 20]), st.lists(st.one_of(st.floats(), st.integers(), st.none()), max_size=5))
+CHOICES = st.one_of(st.just(["a", "b"]), st.lists(TEXTS, max_size=3))
+ANSWERS = st.lists(st.one_of(TEXTS, st.fixed_dictionaries({"answer": TEXTS})), max_size=3)
+# Format -> a row of its files.
+ROWS: dict[str, st.SearchStrategy[Any]] = {
+    "coco_captions": row(id=NUMBERS, image_id=NUMBERS, caption=TEXTS),
+    "coco_instances": row(id=NUMBERS, file_name=NAMES, width=NUMBERS, height=NUMBERS),
+    "docvqa": row(questionId=NUMBERS, question=TEXTS, image=NAMES, answers=st.lists(TEXTS, max_size=2)),
+    "chartqa": row(imgname=NAMES, query=TEXTS, label=TEXTS),
+    "vqav2": row(question_id=NUMBERS, image_id=NUMBERS, question=TEXTS),
+    "scienceqa": row(question=TEXTS, choices=CHOICES, answer=NUMBERS, hint=TEXTS, image=NAMES, split=TEXTS),
+    "easy_vqa": st.one_of(st.tuples(TEXTS, TEXTS, NUMBERS), st.lists(WRONG, max_size=4), WRONG),
+    "llava": row(id=TEXTS, image=NAMES, conversations=st.lists(row(**{"from": TEXTS, "value": TEXTS}), max_size=3)),
+    "refcoco": row(ref_id=NUMBERS, ann_id=NUMBERS, image_id=NUMBERS, split=TEXTS, sentences=st.just([{"sent": "it"}])),
+    "flickr": st.tuples(NAMES, TEXTS),
+    "imagefolder": row(file_name=NAMES, text=TEXTS),
+    "metadata_csv": st.tuples(NAMES, TEXTS),
+    "tables": st.fixed_dictionaries({"image": st.one_of(st.none(), NAMES), "text": st.one_of(st.none(), TEXTS)}),
+    "webdataset": st.one_of(row(question=TEXTS, answer=TEXTS), row(caption=TEXTS), st.binary(max_size=9)),
+    "image_text_pairs": st.binary(max_size=9),
+}
+
+
+def write(place: Path, format: str, rows: list[Any]) -> int | None:
+    """Write rows into a folder of images; returns how many samples there are to account for, or that nobody knows."""
+    if format == "coco_captions":
+        json_file(place, "captions_val.json", {"images": [{"id": 0, "file_name": "0.jpg"}, 1], "annotations": rows})
+        # The second image, which is no row, is named beside the captions.
+        return None
+    if format == "coco_instances":
+        boxes = [{"image_id": 0, "bbox": [1, 2, 20, 20], "category_id": 1, "iscrowd": 0}]
+        content = {"images": rows, "annotations": boxes, "categories": [{"id": 1, "name": "dog"}]}
+        json_file(place, "instances_val.json", content)
+    elif format == "docvqa":
+        json_file(place, "val_v1.0.json", {"data": rows})
+    elif format == "chartqa":
+        json_file(place, "val_human.json", rows)
+    elif format == "vqav2":
+        json_file(place, "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": rows})
+    elif format == "scienceqa":
+        json_file(place, "problems.json", dict(enumerate(rows)))
+    elif format == "easy_vqa":
+        json_file(place, "questions.json", rows)
+    elif format == "llava":
+        json_file(place, "chat.json", rows)
+    elif format == "refcoco":
+        images = [{"id": 0, "file_name": "0.jpg", "width": 64, "height": 48}]
+        json_file(place, "instances.json", {"images": images, "annotations": [{"id": 0, "bbox": [1, 2, 20, 20]}]})
+        (place / "refs(unc).p").write_bytes(pickle.dumps(rows, protocol=2))
+    elif format in ("flickr", "metadata_csv"):
+        name, header = ("captions.csv", "image,caption") if format == "flickr" else ("metadata.csv", "file_name,text")
+        buffer = io.StringIO(header + "\n")
+        buffer.seek(0, io.SEEK_END)
+        csv.writer(buffer, lineterminator="\n").writerows(rows)
+        (place / name).write_bytes(buffer.getvalue().encode("utf-8", "surrogatepass"))
+        # What the reader makes of line breaks and quotes decides how many rows there are.
+        return None
+    elif format == "imagefolder":
+        lines = [json.dumps(one) for one in rows]
+        (place / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    elif format == "tables":
+        plain = [{name: None if "\ud800" in (value or "") else value for name, value in one.items()} for one in rows]
+        pq.write_table(pa.Table.from_pylist(plain), place / "train.parquet")
+    elif format == "webdataset":
+        with tarfile.open(place / "train-000000.tar", "w") as shard:
+            for number, one in enumerate(rows):
+                content = one if isinstance(one, bytes) else json.dumps(one).encode()
+                member = tarfile.TarInfo(f"{number}.json")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+        # A list in a .json is as many rows as it has.
+        return None if any(isinstance(one, list) for one in rows) else len(rows)
+    else:
+        for number, content in enumerate(rows):
+            (place / f"t{number}.txt").write_bytes(content)
+        return None
+    return len(rows)
+
+
+@pytest.fixture
+def place(tmp_path: Path, image_folder: Path) -> Callable[[], Path]:
+    """A new folder of images, good and bad, beside one outside of it."""
+    whole = (image_folder / "0.jpg").read_bytes()
+    size = (60_000).to_bytes(4, "big")
+    contents = {"0.jpg": whole, "猫.jpg": whole, "cut.jpg": whole[: len(whole) // 2], "page.jpg": b"<html>"}
+    contents |= {"empty.jpg": b"", "bomb.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + size * 2 + b"\x08\x02\0\0\0"}
+    (tmp_path / "outside.jpg").write_bytes(whole)
+    number = 0
+
+    def make() -> Path:
+        nonlocal number
+        number += 1
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        (folder / "out.jpg").symlink_to(tmp_path / "outside.jpg")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_rows_of_every_format_are_trained_on_or_named(
+    place: Callable[[], Path], format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    )
+    @given(rows=st.lists(ROWS[format], min_size=1, max_size=6))
+    def check(rows: list[Any]) -> None:
+        folder = place()
+        expected = write(folder, format, rows)
+        known: list[Quarantine] = []
+        monkeypatch.setattr(Quarantine, "require_below", lambda quarantine, *_: known.append(quarantine))
+        try:
+            name = {"metadata_csv": "imagefolder"}.get(format, format)
+            data = load_samples(folder, format=name, max_bad_fraction=1, verify_images="full")
+        except VlmtuneError as error:
+            ended.append("error")
+            assert str(error)
+            if "all were set aside" in str(error) and expected is not None:
+                assert len(known[-1]) == expected
+            return
+        ended.append("data")
+        bad = data.quarantine.rows
+        assert len(data.dataset) and all(row.id and row.kind and row.reason for row in bad)
+        assert expected is None or len(data.dataset) + len(bad) == expected
+        for one in data.dataset:
+            for image in one["images"]:
+                assert Path(image["path"]).resolve().parent in (folder.resolve(), Path("/etc"))
+
+    check()
+    assert len(ended) >= EXAMPLES // 2
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("format", ["messages", "llava", "docvqa", "vqav2"])
+def test_compressed_files_cut_short_are_named(layouts: Any, format: str, ending: str) -> None:
+    place = getattr(layouts, format)()
+    for file in sorted(place.glob("*.json*")):
+        content = file.read_bytes()
+        packed = gzip.compress(content) if ending == ".gz" else pa.compress(content, codec="zstd", asbytes=True)
+        file.unlink()
+        Path(f"{file}{ending}").write_bytes(packed)
+    whole = load_samples(place)
+    assert not whole.quarantine.rows and len(whole.dataset)
+    file = sorted(place.glob(f"*{ending}"))[-1]
+    packed = file.read_bytes()
+    for size in (0, 5, len(packed) // 2, len(packed) - 3):
+        file.write_bytes(packed[:size])
+        with pytest.raises(VlmtuneError, match=r"cannot be read|is not JSON|holds no samples|has no split|no format"):
+            load_samples(place / file.name, format=format, max_bad_fraction=1)
+
+
+@pytest.mark.parametrize("layout", ["stream", "file"])
+def test_arrow_cut_short_or_damaged_is_named(tmp_path: Path, layout: str) -> None:
+    """Mapped into memory, such a file would end the process by a signal."""
+    table = pa.table({"question": [f"What is {n}?" for n in range(2000)], "answer": ["A dog."] * 2000})
+    file = tmp_path / "train.arrow"
+    make = pa.ipc.new_stream if layout == "stream" else pa.ipc.new_file
+    with make(str(file), table.schema) as writer:
+        writer.write_table(table, max_chunksize=500)
+    content = file.read_bytes()
+    assert len(load_samples(tmp_path).dataset) == 2000
+    for size in range(100, len(content) - 100, len(content) // 12):
+        file.write_bytes(content[:size])
+        with pytest.raises(DataError):
+            load_samples(tmp_path, format="tables")
+    for start in range(600, len(content), len(content) // 12):
+        file.write_bytes(content[:start] + b"\xff" * 64 + content[start + 64 :])
+        try:
+            load_samples(tmp_path, format="tables", max_bad_fraction=1)
+        except DataError as error:
+            assert "train.arrow" in str(error) or str(tmp_path) in str(error)
