@@ -18,7 +18,8 @@ from vlmtune.config import BaseModelArguments, VLMDataArguments
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import DataError
 from vlmtune.inspection.preview import Group, html_preview, preview, preview_samples
-from vlmtune.models.families import FAMILIES
+from vlmtune.models.families import FAMILIES, get_family
+from vlmtune.models.loading import load_config, load_processor
 
 
 @pytest.fixture
@@ -76,6 +77,24 @@ def test_pictures_are_what_the_tower_gets(samples: list[Sample], encoder: Encode
     assert group.preprocessed and picture.size == (32, 32)
     wanted = Image.open(samples[2].images[0].path or "").convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
     assert np.abs(np.asarray(picture, float) - np.asarray(wanted, float)).mean() < 4
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma4", "paligemma", "smolvlm", "mistral3"])
+def test_pictures_of_other_families(
+    name: str, family_dir: Callable[[str], Path], tmp_path: Path, make_photo: Callable[..., Image.Image]
+) -> None:
+    make_photo(3, (200, 120)).save(tmp_path / "a.png")
+    talk = (Message.make("user", "What?", images=1), Message.make("assistant", "red"))
+    sample = Sample("a", (ImageRef(path=str(tmp_path / "a.png")),), talk)
+    folder = str(family_dir(name))
+    encoder = Encoder(load_processor(folder), get_family(load_config(folder)))
+    (group,) = preview_samples([sample], encoder, share=False)
+    # Where an image is cut into tiles, the whole of it comes last.
+    picture = group.pictures[-1]
+    wanted = make_photo(3, (200, 120)).resize(picture.size, Image.Resampling.BICUBIC)
+    assert group.preprocessed
+    assert np.abs(np.asarray(picture, float) - np.asarray(wanted, float)).mean() < 6
+    assert re.search(r'class="image" title="position .* to .*, id', html_preview([group], "x"))
 
 
 def test_a_row_that_cannot_be_encoded_says_why(samples: list[Sample], encoder: Encoder) -> None:

@@ -11,7 +11,6 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
@@ -24,19 +23,27 @@ from vlmtune.data.loading import load_train_and_eval
 from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError, VlmtuneError, nearest
 from vlmtune.inspection.html import data_address, page
+from vlmtune.inspection.tower import pictures_of
 from vlmtune.models.families import get_family
 from vlmtune.models.loading import load_config, load_processor
 
-MOST_PICTURES = 8
 # Tokens before one that its own text is told apart by: spaces and letters of several bytes span tokens.
 CONTEXT = 6
 STYLE = """
-.row { line-height: 2; } .row span { border-radius: 3px; padding: .1rem 0; white-space: pre-wrap; }
-.learned { background: #2e7d4f55; outline: 1px solid #2e7d4f88; } .image { background: #7a4ab544; }
-.row span:hover { outline: 2px solid currentColor; }
-.branch { border-left: 3px solid var(--bar); margin: .6rem 0 .6rem 1.5rem; padding-left: .8rem; }
-.pictures img { max-height: 14rem; margin: .3rem .6rem .3rem 0; border: 1px solid var(--line); }
-section { border-top: 1px solid var(--line); margin-top: 1.5rem; }
+.row { line-height: 1.9; } .row span { border-radius: 3px; padding: .12rem 0; white-space: pre-wrap; }
+.row .learned { background: #2e9d5f44; border-bottom: 2px solid var(--good); }
+.row .image { background: #8a5cc844; border-bottom: 2px solid #8a5cc8; padding: .12rem .3rem; }
+.row span:hover { outline: 2px solid currentColor; } .key { color: var(--soft); }
+.row span + span.learned { margin-left: 1px; }
+.shared, .branch { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; }
+.branches { margin-left: 1.2rem; border-left: 3px solid var(--bar); padding: .1rem 0 .1rem 1.6rem; }
+.branches .branch { position: relative; margin: .7rem 0; }
+.branches .branch::before {
+  content: ""; position: absolute; left: -1.7rem; top: 1.4rem; width: 1.7rem; border-top: 3px solid var(--bar);
+}
+.pictures { margin-bottom: .8rem; } .pictures figure { width: auto; max-width: 100%; }
+.pictures img { height: 12rem; object-fit: contain; image-rendering: pixelated; }
+section { border-top: 1px solid var(--line); margin-top: 1.5rem; padding-top: .6rem; }
 """
 
 
@@ -48,7 +55,7 @@ class Token:
         text: as it reads in the row.
         kind: ``context``, ``learned`` or ``image``.
         ids: token ids.
-        position: what the model takes for the place of the first: a number, or one an axis.
+        position: what the model takes for its place: a number, or one an axis; the first and last of a run.
     """
 
     text: str
@@ -74,7 +81,7 @@ class Group:
     Attributes:
         prefix: the tokens they have in common; empty for a sample by itself.
         branches: one a sample.
-        pictures: the images after preprocessing, or as decoded where tensors are no pictures.
+        pictures: the images after preprocessing, or as decoded where tensors cannot be read as pictures.
         preprocessed: whether the pictures are what the vision tower gets.
         problem: why the samples cannot be encoded; then there is nothing else.
     """
@@ -164,7 +171,8 @@ def tokens_of(item: EncodedSample, encoder: Encoder, start: int, stop: int) -> l
         indices = list(run)
         if what == "image":
             ids = tuple(item.input_ids[index] for index in indices)
-            found.append(Token(f"[image: {len(ids)} tokens]", what, ids, _position(item, indices[0])))
+            first, last = (_position(item, index) for index in (indices[0], indices[-1]))
+            found.append(Token(f"[image: {len(ids)} tokens]", what, ids, f"{first} to {last}"))
         else:
             found += [
                 Token(_text(item, index, encoder), what, (item.input_ids[index],), _position(item, index))
@@ -174,7 +182,7 @@ def tokens_of(item: EncodedSample, encoder: Encoder, start: int, stop: int) -> l
 
 
 def _position(item: EncodedSample, index: int) -> str:
-    return ", ".join(str(axis[index]) for axis in item.axes) if item.axes else str(index)
+    return f"({', '.join(str(axis[index]) for axis in item.axes)})" if item.axes else str(index)
 
 
 def _text(item: EncodedSample, index: int, encoder: Encoder) -> str:
@@ -184,22 +192,6 @@ def _text(item: EncodedSample, index: int, encoder: Encoder) -> str:
     left, whole = tokenizer.decode(before, **options), tokenizer.decode([*before, item.input_ids[index]], **options)
     own = whole[len(left) :] if whole.startswith(left) else ""
     return own or str(tokenizer.convert_ids_to_tokens(item.input_ids[index]))
-
-
-def pictures_of(item: EncodedSample, encoder: Encoder) -> list[Image.Image]:
-    """Return what the vision tower gets as pictures; none where its tensors are patches in a row."""
-    values = item.image_inputs.get("pixel_values")
-    if values is None:
-        return []
-    array = np.asarray(values, dtype=np.float32)
-    if array.ndim < 4 or array.shape[-3] != 3:
-        return []
-    array = array.reshape(-1, *array.shape[-3:])[:MOST_PICTURES]
-    settings = encoder.processor.image_processor
-    mean, std = (np.asarray(getattr(settings, name, None) or default, dtype=np.float32).reshape(3, 1, 1)
-                 for name, default in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3)))  # fmt: skip
-    pixels = np.clip((array * std + mean) * 255, 0, 255).round().astype(np.uint8)
-    return [Image.fromarray(picture) for picture in pixels.transpose(0, 2, 3, 1)]
 
 
 def print_preview(groups: Sequence[Group], console: Console | None = None) -> None:
@@ -240,23 +232,34 @@ def html_preview(groups: Sequence[Group], title: str) -> str:
     """Return the rows as one page that needs no other file; a token's id and position show on hover."""
     parts = [
         f"<h1>{escape(title)}</h1>",
-        '<p class="row"><span class="learned">learned</span> <span class="image">image tokens</span> '
-        "<span>context</span>; hover over a token for its id and position.</p>",
+        '<p class="row key"><span class="learned">learned</span> <span class="image">image tokens</span> '
+        "<span>context</span>; \u21b5 is a line break. Hover over a token for its position and id.</p>",
     ]
     for group in groups:
         parts.append("<section>")
         if group.problem:
             parts.append(f'<p class="verdict no">{escape(group.problem)}</p>')
-        pictures = "".join(f'<img src="{data_address(image)}" alt="">' for image in map(_fitted, group.pictures))
-        what = "after preprocessing" if group.preprocessed else "before preprocessing"
-        parts.append(f'<div class="pictures" title="{what}">{pictures}</div>' if pictures else "")
+        parts.append(_pictures(group) if group.pictures else "")
         if group.prefix:
-            parts.append(f"<h3>{escape(_prefix_title(group))}</h3>{_line(group.prefix)}")
-        for branch in group.branches:
-            inner = f"<h3>{escape(_branch_title(branch))}</h3>{_line(branch.tokens)}"
-            parts.append(f'<div class="branch">{inner}</div>' if group.prefix else inner)
+            parts.append(f'<div class="shared"><h3>{escape(_prefix_title(group))}</h3>{_line(group.prefix)}</div>')
+        kind = "branch" if group.prefix else "shared"
+        branches = (
+            f'<div class="{kind}"><h3>{escape(_branch_title(branch))}</h3>{_line(branch.tokens)}</div>'
+            for branch in group.branches
+        )
+        parts.append(f'<div class="branches">{"".join(branches)}</div>' if group.prefix else "".join(branches))
         parts.append("</section>")
     return page(title, "\n".join(parts), STYLE)
+
+
+def _pictures(group: Group) -> str:
+    what = "after" if group.preprocessed else "before"
+    figures = (
+        f'<figure><img src="{data_address(_fitted(image), "PNG")}" alt="">'
+        f"<figcaption>{what} preprocessing, {image.width} x {image.height} pixels</figcaption></figure>"
+        for image in group.pictures
+    )
+    return f'<div class="pictures">{"".join(figures)}</div>'
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -265,9 +268,15 @@ def _fitted(image: Image.Image) -> Image.Image:
     return image
 
 
+def _visible(text: str) -> str:
+    """A token's text with its line breaks shown; of several in a row the page breaks at the last."""
+    breaks = text.count("\n")
+    return escape(text.replace("\n", "\u21b5", breaks - 1).replace("\n", "\u21b5\n")) if breaks else escape(text)
+
+
 def _line(tokens: Sequence[Token]) -> str:
     spans = (
-        f'<span class="{token.kind}" title="position {token.position}, id {token.ids[0]}">{escape(token.text)}</span>'
+        f'<span class="{token.kind}" title="position {token.position}, id {token.ids[0]}">{_visible(token.text)}</span>'
         for token in tokens
     )
     return f'<div class="row">{"".join(spans)}</div>'
