@@ -25,12 +25,13 @@ def near_copies(training: Iterable[ImageRef], scored: Iterable[ImageRef]) -> dic
     refs = sorted(known | asked, key=lambda ref: ref.name)
     if len(refs) > MOST_IMAGES:
         return {"skipped": f"{len(refs):,} images are more than {MOST_IMAGES:,}; vlmtune check looks at all"}
-    facts = inspect_images(refs, processes=1)
-    equal = {facts[ref].key for ref in known}
+    facts = inspect_images(refs, len(refs), processes=1)
+    key = {ref: one.key for ref, one in zip(refs, facts, strict=True)}
+    equal = {key[ref] for ref in known}
     pairs = []
-    for group in look_alikes(list(facts.values())):
+    for group in look_alikes(facts):
         members = [refs[index] for index in group]
         like = next((ref for ref in members if ref in known), None)
         if like is not None:
-            pairs += [(ref.name, like.name) for ref in members if ref in asked and facts[ref].key not in equal]
+            pairs += [(ref.name, like.name) for ref in members if ref in asked and key[ref] not in equal]
     return {"near": len(pairs), "such_as": sorted(pairs)[:SHOWN]}
