@@ -73,6 +73,11 @@ def run(recipe: Path) -> Path:
     return folder
 
 
+def test_a_run_leaves_its_page(run: Path) -> None:
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<title>run</title>" in page and "What was trained" in page and "<svg" in page
+
+
 @pytest.mark.parametrize("command", ["train", "preview", "check", "estimate", "evaluate"])
 def test_a_model_of_another_family_than_named(command, recipe, tmp_path, capsys) -> None:
     folder = {"train": "--output_dir", "evaluate": "--evaluation_dir"}.get(command)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from vlmtune.cli import common
+from vlmtune.errors import MissingDependencyError, OutputError
 from vlmtune.evaluation.metrics.captions import DocumentFrequencies
 
 from .test_cli_report import refused, vlmtune
@@ -33,6 +35,7 @@ def test_answers_of_another_program(mine: Path, tmp_path: Path, capsys: pytest.C
     # Two references of a sample: captions.
     assert [line.split()[0] for line in said.splitlines() if "interval" in line] == ["cider", "bleu4", "rouge_l"]
     assert f"Answers and scores are in {tmp_path / 'e'}." in said
+    assert f"The report is {tmp_path / 'e' / 'report.html'}." in said
     # Twice is no fault, and another file's answers are not written over it.
     assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e", "--metrics", "wer") == 0
     mine.write_text(json.dumps(ROWS[0] | {"answer": "other"}))
@@ -72,6 +75,27 @@ def test_cider_by_the_frequencies_of_the_training_data(
     assert "already and will not be overwritten" in refused(capsys, 1, "metrics", "--save_frequencies", table, *data)
     assert "dataset_path is not set" in refused(capsys, 2, "metrics", "--save_frequencies", tmp_path / "new.gz")
     assert "is no table" in refused(capsys, 2, "evaluate", "--predictions", mine, "--metrics", "cider:nowhere.gz")
+
+
+def test_the_page_is_of_both_where_one_is_compared_with(mine: Path, tmp_path: Path) -> None:
+    assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "one") == 0
+    mine.write_text("\n".join(json.dumps(row | {"answer": "no idea"}) for row in ROWS))
+    flags = ("--predictions", mine, "--evaluation_dir", tmp_path / "two", "--compare_to", tmp_path / "one")
+    assert vlmtune("evaluate", *flags) == 0
+    page = (tmp_path / "two" / "report.html").read_text()
+    assert "0 became better" in re.sub("<[^>]*>", "", page) and "no idea" in page
+
+
+def test_a_page_that_cannot_be_written_costs_nothing_else(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("vlmtune.report.page.write_report", fails)
+    for error in (MissingDependencyError("It needs jinja2."), OutputError("It is full."), ValueError("odd")):
+        assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e") == 0
+        assert "no page was written" in (said := capsys.readouterr().err) and str(error) in said
 
 
 def test_strict_vqa_accuracy(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,6 +153,8 @@ def test_evaluate_checks_its_honesty(
     assert found["training_images"]["shared"] == found["training_images"]["images"] == 8
     assert found["training_images"]["near_copies"]["near"] == 0
     assert "8 of the 8 images scored are training images too" in said
+    assert f"The report is {tmp_path / 'on' / 'report.html'}." in said
+    assert "8 of the 8 images scored are training images too" in (tmp_path / "on" / "report.html").read_text()
     assert (tmp_path / "on" / "shuffled" / "predictions.jsonl").exists()
     rows = [json.loads(line) for line in (tmp_path / "on" / "predictions.jsonl").read_text().splitlines()]
     assert {row["meta"]["answer_type"] for row in rows} == {"yes/no", "color"}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vlmtune.cli.common import asks_help, print_help, progress, recipe_and_flags
 from vlmtune.cli.launch import on_devices
+from vlmtune.cli.report import leave_report
 from vlmtune.config.devices import DeviceOptions
 
 # Options of the data that evaluation passes over.
@@ -48,7 +51,7 @@ def evaluate(argv: list[str]) -> int:
         return 0
     from vlmtune.config import ModelWithLoRAArguments, TrainingArguments
     from vlmtune.config.recipe import parse_arguments
-    from vlmtune.evaluation.command import run_evaluation, score_file
+    from vlmtune.evaluation.command import evaluation_folder, run_evaluation, score_file
     from vlmtune.evaluation.ranks import is_first
     from vlmtune.inspection.near_copies import near_copies
 
@@ -60,6 +63,9 @@ def evaluate(argv: list[str]) -> int:
             [EvaluationArguments, EvaluationOutputArguments], flags, recipe_path, ignored=[*classes, *ignored]
         )
         print(score_file(*scoring))
+        output = scoring[1]
+        if output.evaluation_dir:
+            leave_report(_places(output.compare_to, output.evaluation_dir))
         return 0
     if (code := on_devices("evaluate", argv, [*classes, *ignored])) is not None:
         return code
@@ -67,4 +73,14 @@ def evaluate(argv: list[str]) -> int:
     told = run_evaluation(*made, progress=progress("Answering"), near_copies=near_copies)
     if is_first():
         print(told)
+        leave_report(_places(made[-1].compare_to, evaluation_folder(made[0], made[1], made[-1])))
     return 0
+
+
+def _places(compare_to: str | None, folder: str | Path) -> list[Path]:
+    """What the page is of: the evaluation, behind the one it is compared with, where that has a folder of its own."""
+    from vlmtune.evaluation.predictions_file import PREDICTIONS
+    from vlmtune.report.data import folder_of
+
+    before = [folder_of(compare_to)] if compare_to else []
+    return [*(place for place in before if (place / PREDICTIONS).is_file()), folder_of(folder)]

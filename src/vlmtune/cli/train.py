@@ -6,6 +6,7 @@ import sys
 
 from vlmtune.cli.common import asks_help, print_help, progress, quick_imports, recipe_and_flags
 from vlmtune.cli.launch import on_devices, rank
+from vlmtune.cli.report import leave_report
 
 
 def train(argv: list[str]) -> int:
@@ -49,4 +50,5 @@ def train(argv: list[str]) -> int:
     if result.left_out:
         print(f"  left_out.jsonl names the {len(result.left_out)} samples that were not trained on, with the reasons")
     print(f"Try it: vlmtune predict {result.output_dir} IMAGE --prompt 'Describe this image.'")
+    leave_report([result.output_dir])
     return 0
