@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from serving_helpers import vlmtune
+from transformers import AutoConfig
 
 from vlmtune.models.families import REFUSED
 
@@ -45,6 +47,19 @@ def test_train_predict_and_merge(family_dir, data, image_folder, tmp_path, capsy
     assert vlmtune("predict", tmp_path / "merged", image_folder, "--output", again, *options) == 0
     texts = [[json.loads(line)["answer"] for line in file.read_text().splitlines()] for file in (answers, again)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_family_that_is_not_taken(model_type, data, tmp_path, capsys) -> None:
+    reason, packages = REFUSED[model_type]
+    if packages and all(map(find_spec, packages)):
+        pytest.skip(f"it is tried as an unknown family where {' and '.join(packages)} are installed")
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    assert train(tmp_path / "model", data, tmp_path / "run") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"is a {model_type} model, which vlmtune does not take: {reason}." in shown
+    assert "Choose a model of a known family (gemma3, " in shown
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_what_cannot_be_described_is_refused_before_training(

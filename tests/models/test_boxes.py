@@ -73,37 +73,38 @@ def test_boxes_come_back_within_a_pixel(processor_of, name: str, picture, task) 
             assert said.label == box.label
 
 
-# (family, size (height, width), what it writes for a dog at 10, 20, 110, 220 in pixels), by hand.
+# (family, size (height, width), what it writes for a dog at 22.22, 20, 110, 220 in pixels), by hand:
+# 0.1111 of the width tells left from top, and three digits from four.
 WRITTEN = {
-    "gemma3": ((400, 200), '[{"box_2d": [50, 50, 550, 550], "label": "dog"}]'),
-    "gemma4": ((400, 200), '[{"box_2d": [50, 50, 550, 550], "label": "dog"}]'),
-    "paligemma": ((400, 200), "<loc0051><loc0051><loc0563><loc0563> dog"),
-    "llava_next": ((400, 200), "dog [0.05, 0.05, 0.55, 0.55]"),
-    "llava_onevision": ((400, 200), "dog [0.05, 0.05, 0.55, 0.55]"),
+    "gemma3": ((400, 200), '[{"box_2d": [50, 111, 550, 550], "label": "dog"}]'),
+    "gemma4": ((400, 200), '[{"box_2d": [50, 111, 550, 550], "label": "dog"}]'),
+    "paligemma": ((400, 200), "<loc0051><loc0114><loc0563><loc0563> dog"),
+    "llava_next": ((400, 200), "dog [0.111, 0.05, 0.55, 0.55]"),
+    "llava_onevision": ((400, 200), "dog [0.111, 0.05, 0.55, 0.55]"),
     "qwen2_vl": (
         (400, 200),
-        "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(50,50),(550,550)<|box_end|>",
+        "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(111,50),(550,550)<|box_end|>",
     ),
-    "qwen3_vl": ((400, 200), '```json\n[\n\t{"bbox_2d": [50, 50, 550, 550], "label": "dog"}\n]\n```'),
-    "qwen3_5": ((400, 200), '```json\n[\n\t{"bbox_2d": [50, 50, 550, 550], "label": "dog"}\n]\n```'),
-    "internvl": ((400, 200), "<ref>dog</ref><box>[[50, 50, 550, 550]]</box>"),
-    "idefics3": ((400, 200), '[{"bbox_2d": [50, 50, 550, 550], "label": "dog"}]'),
-    "smolvlm": ((400, 200), '[{"bbox_2d": [50, 50, 550, 550], "label": "dog"}]'),
-    "mistral3": ((400, 200), '[{"bbox_2d": [50, 50, 550, 550], "label": "dog"}]'),
-    "granite_docling": ((400, 200), '[{"bbox_2d": [50, 50, 550, 550], "label": "dog"}]'),
+    "qwen3_vl": ((400, 200), '```json\n[\n\t{"bbox_2d": [111, 50, 550, 550], "label": "dog"}\n]\n```'),
+    "qwen3_5": ((400, 200), '```json\n[\n\t{"bbox_2d": [111, 50, 550, 550], "label": "dog"}\n]\n```'),
+    "internvl": ((400, 200), "<ref>dog</ref><box>[[111, 50, 550, 550]]</box>"),
+    "idefics3": ((400, 200), '[{"bbox_2d": [111, 50, 550, 550], "label": "dog"}]'),
+    "smolvlm": ((400, 200), '[{"bbox_2d": [111, 50, 550, 550], "label": "dog"}]'),
+    "mistral3": ((400, 200), '[{"bbox_2d": [111, 50, 550, 550], "label": "dog"}]'),
+    "granite_docling": ((400, 200), '[{"bbox_2d": [111, 50, 550, 550], "label": "dog"}]'),
     # The square in the middle begins 100 pixels down: the box's top lies above it.
-    "llava": ((400, 200), "dog [0.05, 0.0, 0.55, 0.6]"),
+    "llava": ((400, 200), "dog [0.111, 0.0, 0.55, 0.6]"),
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_family_writes(processor_of, name: str) -> None:
-    family, box = FAMILIES[name], Box((10, 20, 110, 220), "dog")
+    family, box = FAMILIES[name], Box((22.22, 20, 110, 220), "dog")
     if name == "qwen2_5_vl":
         # In pixels of the resized image: at most 8 x 8 x 20 of them, sides multiples of 8.
         view = family.view(processor_of(name), (400, 200))
         assert view.seen == (24, 48)
-        assert '"bbox_2d": [1, 2, 13, 26]' in family.boxes.to_text([box], view, "detection")
+        assert '"bbox_2d": [3, 2, 13, 26]' in family.boxes.to_text([box], view, "detection")
         assert understand('[{"bbox_2d": [1, 2, 13, 26]}]', family.boxes, view, (400, 200)) == boxes_text(
             [Box((8.33, 16.67, 108.33, 216.67))]
         )

@@ -150,9 +150,13 @@ def test_no_two_families_share_a_name_or_a_model_type() -> None:
 def test_what_is_not_supported_says_why(family) -> None:
     assert family.sharing or family.sharing_reason
     assert family.feature_cache or family.cache_reason
+    # Features are kept for rows that share images; and a generic record is no known family's.
+    assert family.sharing or not family.feature_cache
+    assert not family.generic
     assert family.paper.startswith("https://") and family.licence and family.source.startswith("transformers/models/")
-    folder = Path(transformers.__file__).parent.parent
-    assert all((folder / file).exists() for file in family.source.split(", ")[:1])
+    first, *others = family.source.split(", ")
+    first = Path(transformers.__file__).parent.parent / first
+    assert first.is_file() and all((first.parent / file).is_file() for file in others)
 
 
 def test_proofs_are_of_known_families() -> None:
@@ -192,7 +196,11 @@ def test_a_refused_family_is_refused_with_the_reason(model_type) -> None:
 
 
 def test_the_reason_for_refusing_still_holds() -> None:
+    """Those of Mllama and Florence-2: tests/models/test_generic.py."""
     if importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is installed")
     with pytest.raises(ImportError, match=r"(?i)torchvision"):
         importlib.import_module("transformers.models.lfm2_vl").Lfm2VlImageProcessor()
+    if not importlib.util.find_spec("timm"):
+        with torch.device("meta"), pytest.raises(ImportError, match=r"(?i)timm"):
+            transformers.Gemma3nForConditionalGeneration(transformers.Gemma3nConfig())
