@@ -32,7 +32,16 @@ KINDS = {
 }
 
 
-def _peak(profile) -> int:
+def peak_bytes(step) -> int:
+    """The most bytes that PyTorch's CPU allocator handed out in a step, beside those before."""
+    # What earlier tests left must not be freed within the measurement.
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    finally:
+        gc.enable()
     held = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -77,17 +86,9 @@ def _measure(
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    # What earlier tests left must not be freed within the measurement.
-    gc.collect()
-    gc.disable()
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            step()
-    finally:
-        gc.enable()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     states = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
-    beside = _peak(profile)
+    beside = peak_bytes(step)
     return beside, beside + weights + states
 
 

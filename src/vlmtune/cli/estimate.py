@@ -25,6 +25,7 @@ def estimate(argv: list[str]) -> int:
     from vlmtune.config.recipe import parse_arguments
     from vlmtune.config.training_options import TrainingOptions
     from vlmtune.models.memory import Settings
+    from vlmtune.models.memory_images import largest_size
     from vlmtune.models.memory_report import format_changes, format_estimate, format_fits, format_ways
     from vlmtune.models.memory_trace import Batch
     from vlmtune.training.memory_plan import run_estimator, ways_to_train
@@ -38,6 +39,8 @@ def estimate(argv: list[str]) -> int:
     )
     estimator = run_estimator(model, training)
     cached = args.cache_image_features != "off" and not model.trained_parts & {"vision", "projector"}
+    sized = estimator.family.sized and args.images_per_sample > 0
+    size = (args.height_and_width or largest_size(estimator.processor, estimator.family)) if sized else None
     settings = Settings(
         Batch(
             training.per_device_train_batch_size,
@@ -45,6 +48,7 @@ def estimate(argv: list[str]) -> int:
             args.supervised_tokens,
             args.images_per_sample,
             cached and estimator.family.feature_cache,
+            size,
         ),
         accumulation=training.gradient_accumulation_steps,
         checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
@@ -59,8 +63,14 @@ def estimate(argv: list[str]) -> int:
     print(
         f"{model.model_name_or_path}: {settings.batch.samples} samples of {tokens} tokens on each of "
         f"{settings.devices} devices ({settings.strategy}), weights in {weights}"
-        f"{f', computed in {computing}' if estimator.autocast else ''}\n"
+        f"{f', computed in {computing}' if estimator.autocast else ''}"
     )
+    if size is not None:
+        largest = "" if args.image_size else ", of which its processor makes the most tokens (--image_size for yours)"
+        print(f"images of {size[1]} x {size[0]} pixels, {found.image_tokens} tokens a sample{largest}")
+    elif args.image_size is not None:
+        print(f"image_size changes nothing: {estimator.family.name} takes every image at one size")
+    print()
     print(format_estimate(estimator, settings))
     print()
     if args.gpu_gb is not None:

@@ -121,6 +121,7 @@ class Family:
         template_options: what the chat template is told, such as that the model answers without thinking aloud first.
         logit_scale: number by which the model multiplies what its head gives.
         generic: it is no known family's, but read off a checkpoint (``vlmtune.models.generic``).
+        estimate_reason: why its memory cannot be estimated by its configuration, where it cannot.
         opening: what the chat template writes to open an answer and leaves out of an answer that is finished.
         paper, licence, source: provenance; ``source`` names the transformers file the facts are from.
     """
@@ -168,5 +169,6 @@ class Family:
     opening: str = ""
     logit_scale: LogitScale = unscaled
     generic: bool = False
+    estimate_reason: str = ""
     boxes: BoxCodec = THOUSANDTHS
     view: ViewOf = whole

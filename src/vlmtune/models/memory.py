@@ -7,20 +7,24 @@ and kept bytes grow by the same amount with each, and the whole model's follow.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
+from vlmtune.errors import ModelError
 from vlmtune.models.families import get_family
-from vlmtune.models.loading import load_config
+from vlmtune.models.family import Size
+from vlmtune.models.loading import load_config, load_processor
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
 from vlmtune.models.memory_autocast import MetaAutocast
+from vlmtune.models.memory_images import image_inputs
 from vlmtune.models.memory_trace import Batch, Loss, StepMemory, trace_step
 from vlmtune.models.quantization import get_torch_dtype
 from vlmtune.models.sizing import count_parameters
@@ -106,7 +110,7 @@ class MemoryEstimator:
         options: of :func:`~vlmtune.models.loading.load_config`.
 
     Raises:
-        ModelError: no such model, or one whose images differ in size.
+        ModelError: no such model, or one of a family whose memory cannot be estimated.
     """
 
     name: str | Path
@@ -121,14 +125,16 @@ class MemoryEstimator:
         """Build the small models."""
         self.config = load_config(self.name, **self.options)
         self.family = get_family(self.config)
+        if self.family.estimate_reason:
+            raise ModelError(f"The memory of {self.family.name} cannot be estimated: {self.family.estimate_reason}.")
         self.number_format = get_torch_dtype(self.dtype)
-        self.layers = (_text(self.config).num_hidden_layers, self.config.vision_config.num_hidden_layers)
-        self.many = tuple(min(MORE, whole) for whole in self.layers)
-        few = tuple(min(FEW, whole) for whole in self.layers)
+        self.layers = (_text(self.config).num_hidden_layers, _depth(self.config.vision_config))
+        few, self.many = _run(_text(self.config), self.config.vision_config, self.layers)
         sizes = [self.many, (few[0], self.many[1]), (self.many[0], few[1])]
         self.small = [self._build(*size) for size in sizes]
         self.steps = tuple(max(many - one, 1) for many, one in zip(self.many, few, strict=True))
         self._traces: dict[Any, StepMemory] = {}
+        self._images: dict[Size, dict[str, Tensor]] = {}
 
     def estimate(self, settings: Settings, *, largest: int = 0) -> Estimate:
         """Estimate the memory on each device under some settings.
@@ -165,6 +171,11 @@ class MemoryEstimator:
         }
         total = shared.weights + shared.optimizer + step.vision + step.language + working + shared.communication
         return Estimate(whole, kinds, total, step.image_tokens)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor, which is loaded where images differ in size."""
+        return load_processor(self.name, **self.options)
 
     @property
     def quantisable(self) -> bool:
@@ -207,7 +218,13 @@ class MemoryEstimator:
             small.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False} | again)
         else:
             small.model.gradient_checkpointing_disable()
-        return trace_step(small.model, self.family, batch, self.loss, autocast)
+        image = self._image(batch.size) if batch.size and batch.images else None
+        return trace_step(small.model, self.family, batch, self.loss, autocast, image)
+
+    def _image(self, size: Size) -> dict[str, Tensor]:
+        if size not in self._images:
+            self._images[size] = image_inputs(self.processor, self.family, size)
+        return self._images[size]
 
     def _grow(self, values: list[int]) -> int:
         """From the small models' numbers to the whole model's: each further layer adds the same."""
@@ -222,8 +239,9 @@ class MemoryEstimator:
         text = _text(config)
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:text_layers]
-        text.num_hidden_layers, config.vision_config.num_hidden_layers = text_layers, vision_layers
-        config._attn_implementation = "sdpa"
+        text.num_hidden_layers = text_layers
+        _shorten(config.vision_config, vision_layers)
+        config._attn_implementation = self.family.attn_implementation
         # Parts that transformers makes by their own configuration follow what that says.
         for part in (config, text, config.vision_config):
             part.dtype = self.number_format
@@ -295,5 +313,39 @@ def adapter_from(model_args: Any) -> Callable[[nn.Module], nn.Module]:
     return lambda model: prepare_full_finetuning(model, parts=model_args.train_parts)
 
 
+def _run(text_config: Any, vision_config: Any, layers: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many layers of text and vision the small models have, of all."""
+    kinds = getattr(text_config, "layer_types", None) or ()
+    # Linear attention keeps other tensors; it is repeated as often as up to where the other kind comes.
+    period = kinds.index("full_attention") + 1 if "linear_attention" in kinds and "full_attention" in kinds else 0
+    # Layers whose results go deeper into the language model are in all of them.
+    deeper = len(_deeper(vision_config))
+    few = (max(FEW, period), max(FEW, deeper))
+    many = (max(MORE, 2 * period), max(MORE, deeper + FEW))
+    return (
+        (min(few[0], layers[0]), min(few[1], layers[1])),
+        (min(many[0], layers[0]), min(many[1], layers[1])),
+    )
+
+
 def _text(config: Any) -> Any:
     return config.get_text_config()
+
+
+def _depth(vision_config: Any) -> int:
+    depth: int = getattr(vision_config, "depth", None) or vision_config.num_hidden_layers
+    return depth
+
+
+def _deeper(vision_config: Any) -> Sequence[int]:
+    """The layers whose results are added deeper in the language model."""
+    return getattr(vision_config, "deepstack_visual_indexes", None) or ()
+
+
+def _shorten(vision_config: Any, layers: int) -> None:
+    setattr(vision_config, "depth" if hasattr(vision_config, "depth") else "num_hidden_layers", layers)
+    if deeper := _deeper(vision_config):
+        vision_config.deepstack_visual_indexes = list(range(min(len(deeper), layers)))
+    if hasattr(vision_config, "fullatt_block_indexes"):
+        # Attention in windows keeps what that over the whole image does, and takes many calls.
+        vision_config.fullatt_block_indexes = list(range(layers))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlmtune.models.memory import MemoryEstimator, Settings
+from vlmtune.models.memory_images import smaller
 
 GB = 10**9
 GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)
@@ -13,11 +14,16 @@ GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)
 USABLE = 0.95
 # Rough factors of time: a second forward pass; unpacking weights in every layer; emptier matrices.
 SLOWER = {"checkpointing": 1.33, "4bit": 1.3, "batch": 1.05, "batch of 1": 1.15}
+# Shares of the pixels that are tried where nothing else makes a run fit.
+PIXELS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of settings, by the recipe's options, about how much slower it makes a step, and bytes at the peak."""
+    """A change of settings, by the recipe's options, about how much slower it makes a step, and bytes at the peak.
+
+    Smaller images make it no slower; what they cost is detail.
+    """
 
     options: str
     slower: float
@@ -27,11 +33,26 @@ class Change:
 def changes(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> list[Change]:
     """Return the changes of settings with which a run fits a GPU, the one that costs least speed first.
 
+    Smaller images are among them where a model's tokens depend on their size and nothing else is enough: the largest
+    of a half, a quarter and so on of the pixels, since less is seen on them.
+
     Args:
         estimator: of the model.
         settings: that do not fit.
         size_gb: memory of the GPU, in 10**9 bytes.
     """
+    found = _fitting(estimator, settings, settings, size_gb)
+    shares = PIXELS if settings.batch.size and settings.batch.images and not found else ()
+    for share in shares:
+        assert settings.batch.size is not None
+        batch = replace(settings.batch, size=smaller(settings.batch.size, share))
+        if found := _fitting(estimator, settings, replace(settings, batch=batch), size_gb):
+            break
+    return sorted(found, key=lambda change: (change.slower, change.total))
+
+
+def _fitting(estimator: MemoryEstimator, old: Settings, settings: Settings, size_gb: float) -> list[Change]:
+    """The changes of everything but the images with which ``settings`` fit, as changes of ``old``."""
     found: list[Change] = []
     samples = settings.batch.samples
     for bits in {settings.bits, 4} if estimator.quantisable else {settings.bits}:
@@ -46,9 +67,9 @@ def changes(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> l
                 )
                 total = estimator.estimate(changed, largest=samples).total
                 if total <= size_gb * GB * USABLE:
-                    found.append(_change(settings, changed, total))
+                    found.append(_change(old, changed, total))
                     break
-    return sorted(found, key=lambda change: (change.slower, change.total))
+    return found
 
 
 def format_estimate(estimator: MemoryEstimator, settings: Settings) -> str:
@@ -76,7 +97,7 @@ def format_fits(estimator: MemoryEstimator, settings: Settings) -> str:
             lines.append(f"{size:>4} GB  fits, {gigabytes(round(size * GB * USABLE) - total)} to spare")
             continue
         found = changes(estimator, settings, size)
-        what = f"; would with {_shown(found[0])}" if found else f", nor with {_tried(estimator)}"
+        what = f"; would with {_shown(found[0])}" if found else f", nor with {_tried(estimator, settings)}"
         lines.append(f"{size:>4} GB  does not fit{what}")
     return "\n".join(lines)
 
@@ -88,7 +109,7 @@ def format_changes(estimator: MemoryEstimator, settings: Settings, size_gb: floa
         return f"It fits {size_gb:g} GB as it is ({gigabytes(total)})."
     found = changes(estimator, settings, size_gb)
     if not found:
-        return f"It does not fit {size_gb:g} GB ({gigabytes(total)}), nor with {_tried(estimator)}."
+        return f"It does not fit {size_gb:g} GB ({gigabytes(total)}), nor with {_tried(estimator, settings)}."
     return "\n".join([f"It would fit {size_gb:g} GB with:", *(f"  {_shown(change)}" for change in found)])
 
 
@@ -136,6 +157,9 @@ def _change(old: Settings, new: Settings, total: int) -> Change:
     if new.bits != old.bits:
         options.append("use_4bit: true")
         slower *= SLOWER["4bit"]
+    if new.batch.size != old.batch.size and new.batch.size is not None:
+        height, width = new.batch.size
+        options.append(f"images made smaller, to {width} x {height} pixels")
     return Change(", ".join(options), slower, total)
 
 
@@ -143,5 +167,7 @@ def _shown(change: Change) -> str:
     return f"{change.options} ({gigabytes(change.total)}, a step about {change.slower:.2g} times as long)"
 
 
-def _tried(estimator: MemoryEstimator) -> str:
-    return "a batch of 1, checkpointing" + (" and 4 bits" if estimator.quantisable else "")
+def _tried(estimator: MemoryEstimator, settings: Settings) -> str:
+    tried = ["a batch of 1", "checkpointing", *["4 bits"][: estimator.quantisable]]
+    tried += ["a sixteenth of the pixels"][: bool(settings.batch.size)]
+    return f"{', '.join(tried[:-1])} and {tried[-1]}"

@@ -9,7 +9,7 @@ Shape legend: B samples, L tokens, H hidden features, A heads, D features of a h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
-from vlmtune.errors import ModelError
-from vlmtune.models.family import Family, attention_window
+from vlmtune.models.family import Family, Size, attention_window
 from vlmtune.models.memory_autocast import MetaAutocast
 from vlmtune.models.provenance import base_model
 
@@ -38,6 +37,7 @@ class Batch:
         supervised_tokens: of those, how many are learned.
         images: images a sample.
         cached: image features come from the cache, so that the tower does not run.
+        size: height and width of every image, where a family's tokens depend on it.
     """
 
     samples: int = 8
@@ -45,6 +45,7 @@ class Batch:
     supervised_tokens: int = 32
     images: int = 1
     cached: bool = False
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,20 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = _elementwise(args) if func in ELEMENTWISE else None
+        if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
+            # A mask that nobody knows masks nothing.
+            return True
+        args, kwargs = _on_one_device(args, kwargs or {})
+        if func is _ATEN._to_copy.default and not args[0].is_meta and not args[0].is_floating_point():
+            # Counts and places keep their values.
+            kwargs = {**kwargs, "device": None}
+        made = _unequal(args[0]) if func is _ATEN.eq.Scalar else _elementwise(args) if func in ELEMENTWISE else None
         if func is _ATEN.add.Tensor and made is not None and made.shape == self._embedding:
             # The gradients of an embedding and of the head tied to it: autograd adds them in place, but not under a
             # dispatch mode.
             made = args[0]
         if made is None:
-            made = func(*args, **(kwargs or {}))
+            made = func(*args, **kwargs)
         for tensor in (made,) if isinstance(made, Tensor) else tree_iter(made):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -130,6 +138,32 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _freed(self, size: int) -> None:
         self.live -= size
+
+
+def _unequal(values: Tensor) -> Tensor | None:
+    """Values that nobody knows equal no number: Idefics3 looks for empty tiles by zeros."""
+    known = not (values.is_meta and values.is_floating_point())
+    return None if known else torch.zeros(values.shape, dtype=torch.bool)
+
+
+def _on_one_device(args: Sequence[Any], kwargs: Any) -> tuple[Sequence[Any], Any]:
+    """Where what has values meets what has none, take the values away; sizes of images have values until then."""
+    tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+    if len({tensor.device.type for tensor in tensors}) < 2:
+        return args, kwargs
+    moved: tuple[Sequence[Any], Any] = tree_map_only(Tensor, lambda t: t.to("meta"), (_numbered(args), kwargs))
+    return moved
+
+
+def _numbered(args: Sequence[Any]) -> Sequence[Any]:
+    """An index of true and false as the numbers of its true places, of which there are as many as it says."""
+    if len(args) < 2 or not isinstance(args[1], list):
+        return args
+    index: list[Any] = []
+    for one in args[1]:
+        is_mask = isinstance(one, Tensor) and one.dtype == torch.bool and one.device.type != "meta"
+        index += one.nonzero().unbind(1) if is_mask else [one]
+    return (args[0], index, *args[2:])
 
 
 def _elementwise(args: Sequence[Any]) -> Tensor | None:
@@ -153,7 +187,12 @@ def _fits(shape: torch.Size, into: torch.Size) -> bool:
 
 
 def trace_step(
-    model: nn.Module, family: Family, batch: Batch, loss: Loss, autocast: MetaAutocast | None = None
+    model: nn.Module,
+    family: Family,
+    batch: Batch,
+    loss: Loss,
+    autocast: MetaAutocast | None = None,
+    image: Mapping[str, Tensor] | None = None,
 ) -> StepMemory:
     """Run one training step on the meta device and count.
 
@@ -164,9 +203,7 @@ def trace_step(
         batch: what a device takes at once.
         loss: the loss over supervised positions.
         autocast: of the forward pass, in mixed precision.
-
-    Raises:
-        ModelError: the family's tower cannot be run without pixels.
+        image: what the image processor gives for one image, where that depends on the image's size.
     """
     base = base_model(model)
     model.train()
@@ -176,7 +213,7 @@ def trace_step(
         mode.ignore(model)
         trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         hooks = [parameter.register_post_accumulate_grad_hook(mode.finished) for parameter in trained]
-        features = _image_features(base, family, batch)
+        features = _image_features(base, family, batch, image)
         vision = mode.live
         hidden = _hidden_states(base, family, batch, features)
         kept = mode.live
@@ -184,8 +221,8 @@ def trace_step(
         sources = torch.empty(batch.samples * batch.supervised_tokens, dtype=torch.long, device="meta")
         total = loss(hidden.flatten(0, 1)[sources], torch.empty_like(sources), base.get_output_embeddings())
         of_loss, mode.peak = mode.peak - kept, max(mode.peak, before)
-        n_features = 0 if features is None else features.numel() * features.element_size()
-        image_tokens = 0 if features is None else features.shape[0] * features.shape[1] // batch.samples
+        n_features = sum(tensor.numel() * tensor.element_size() for tensor in features)
+        image_tokens = features[0].shape[0] // batch.samples if features else 0
         del hidden, features
         autocast.end_forward()
         total.backward()  # type: ignore[no-untyped-call]
@@ -199,43 +236,63 @@ def trace_step(
     )
 
 
-def _image_features(base: Any, family: Family, batch: Batch) -> Tensor | None:
-    if not batch.images:
-        return None
-    vision = base.config.vision_config
-    count, side = batch.samples * batch.images, vision.image_size
+def _image_features(base: Any, family: Family, batch: Batch, image: Mapping[str, Tensor] | None) -> list[Tensor]:
+    """What the language model takes of all images: (I, H) of their I soft tokens, and as much for deeper layers."""
+    count = batch.samples * batch.images
+    if not count:
+        return []
+    if image is None:
+        vision = base.config.vision_config
+        side = vision.image_size
+        shape = (count, getattr(vision, "num_channels", 3), side, side)
+        inputs: dict[str, Any] = {"pixel_values": torch.empty(shape, device="meta")}
+    else:
+        inputs = {name: torch.cat([tensor] * count, family.image_axis) for name, tensor in image.items()}
     dtype = next(base.parameters()).dtype
-    if family.sized or not isinstance(side, int):
-        raise ModelError(f"The memory of {family.name} cannot be estimated yet: its images differ in size.")
-    pixels = torch.empty(count, getattr(vision, "num_channels", 3), side, side, device="meta")
     if batch.cached:
-        with torch.no_grad():
-            found = base.get_image_features(pixel_values=pixels.to(dtype), return_dict=True).pooler_output
-        shape = found.shape
-        del found
-        return torch.empty(shape, dtype=dtype, device="meta")
-    found = base.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-    return found if isinstance(found, Tensor) else torch.stack(list(found))
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.set_grad_enabled(not batch.cached):
+        found = base.get_image_features(**inputs, return_dict=True)
+        deeper = getattr(found, "deepstack_features", None) or []
+        features = [_flat(found.pooler_output), *map(_flat, deeper)]
+    del found, deeper
+    if not batch.cached:
+        return features
+    shapes = [tensor.shape for tensor in features]
+    del features, inputs
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
 
-def _hidden_states(base: Any, family: Family, batch: Batch, features_ILH: Tensor | None) -> Tensor:
-    images = 0 if features_ILH is None else batch.images * features_ILH.shape[1]
+def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([one.flatten(0, -2) for one in features])
+
+
+def _hidden_states(base: Any, family: Family, batch: Batch, features: Sequence[Tensor]) -> Tensor:
+    images = features[0].shape[0] // batch.samples if features else 0
     length = images + batch.text_tokens
     ids = torch.empty(batch.samples, length, dtype=torch.long, device="meta")
     embeds_BLH = base.get_input_embeddings()(ids)
-    if features_ILH is not None:
+    deeper: dict[str, Any] = {}
+    if features:
         places = torch.empty(batch.samples, length, 1, dtype=torch.bool, device="meta").expand_as(embeds_BLH)
-        embeds_BLH = embeds_BLH.masked_scatter(places, features_ILH.to(embeds_BLH.dtype))
+        embeds_BLH = embeds_BLH.masked_scatter(places, features[0].to(embeds_BLH.dtype))
+    if len(features) > 1:
+        is_image_BL = (torch.arange(length) < images).expand(batch.samples, length)
+        deeper = {"visual_pos_masks": is_image_BL, "deepstack_visual_embeds": list(features[1:])}
     shape = (batch.samples, 1, length, length)
     masks: Any = {
         kind: torch.empty(shape, dtype=torch.bool, device="meta") for kind in ("full_attention", "sliding_attention")
     }
+    axes = () if family.positions_of is None else (3,)
     language = base.get_submodule(family.parts["language"])
     found: Tensor = language(
         inputs_embeds=embeds_BLH,
         attention_mask=masks if attention_window(base.config.get_text_config())[1] else masks["full_attention"],
-        position_ids=torch.empty(batch.samples, length, dtype=torch.long, device="meta"),
+        position_ids=torch.empty(*axes, batch.samples, length, dtype=torch.long, device="meta"),
         use_cache=False,
+        **deeper,
     )[0]
     return found
 

@@ -113,10 +113,14 @@ class DeviceBatch:
 
     def _estimator(self) -> MemoryEstimator | None:
         try:
-            return run_estimator(self.model_args, self.trainer.args, here=True)
+            estimator = run_estimator(self.model_args, self.trainer.args, here=True)
         except ModelError as error:
             logger.info("device_batch_size auto: %s Real steps decide instead.", error)
             return None
+        if estimator.family.sized:
+            logger.info("device_batch_size auto: images differ in size, so real steps decide.")
+            return None
+        return estimator
 
     def _estimate(self, estimator: MemoryEstimator, size: int) -> int:
         args = self.trainer.args

@@ -24,7 +24,7 @@ def run_estimator(model_args: ModelWithLoRAArguments, training_args: Any, *, her
 
     Raises:
         ConfigError: a model of another family than ``model_type``.
-        ModelError: no such model, or one whose images differ in size.
+        ModelError: no such model, or one of a family whose memory cannot be estimated.
     """
     assumed = torch.bfloat16 if model_args.torch_dtype == "auto" and not here else None
     mixed = training_args.bf16 or (training_args.bf16 is None and not here)

@@ -69,6 +69,7 @@ GEMMA4 = Family(
     bos=True,
     image_token_attribute="image_token_id",
     needs_token_type_ids=True,
+    estimate_reason="its language layers differ, and its tower leaves patches out by their values",
     token_types_name="mm_token_type_ids",
     image_inputs=("pixel_values", "image_position_ids"),
     sized=True,
