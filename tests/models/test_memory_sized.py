@@ -132,9 +132,7 @@ def test_smaller_images_where_nothing_else_is_enough(family_dir, monkeypatch) ->
     most, less = (estimator.estimate(settings).total / 10**6 for settings in (least, small))
     assert less < most
     found = changes(estimator, Settings(form), (less + 1e-4) / 0.95)
-    assert [change.options for change in found] == [
-        "per_device_train_batch_size: 1, gradient_accumulation_steps: 2, activation_checkpointing: true, "
-        "images made smaller, to 20 x 16 pixels"
-    ]
+    assert found[0].options.endswith("activation_checkpointing: true, images made smaller, to 20 x 16 pixels")
+    assert all(change.total <= less * 10**6 + 100 for change in found)
     assert "images made" not in str(changes(estimator, Settings(form), (most + 1e-4) / 0.95))
     assert "checkpointing and a sixteenth of the pixels" in format_changes(estimator, Settings(form), 1e-3)
