@@ -6,9 +6,11 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from vlmtune.errors import ModelError
@@ -44,6 +46,7 @@ def test_a_sound_model(merged, tiny_gemma3_dir) -> None:
     tensors = load_file(tiny_gemma3_dir / "model.safetensors")
     assert found[LAYOUT][0] == "passed" and f"{len(tensors)} tensors" in found[LAYOUT][1]
     spoken = [name for name in tensors if "language_model" in name]
+    assert "which come back as they were written" in found[GGUF][1]
     assert found[GGUF][0] == "passed" and f"gemma3 has a place for the language model's {len(spoken)}" in found[GGUF][1]
     (converter,) = (outcome for name, (outcome, _) in found.items() if CONVERTER in name)
     assert converter == "not installed" and found["SGLang, Ollama"][0] == "not checked"
@@ -68,10 +71,25 @@ def test_another_layout(change, merged) -> None:
 
 @needs_gguf
 def test_a_tensor_that_gguf_has_no_place_for(merged, monkeypatch) -> None:
-    names = [*serve_check._language_names(merged, serve_check.load_config(merged)), "model.layers.0.mlp.router.weight"]
+    names = dict(serve_check._language_names(merged, serve_check.load_config(merged)))
+    names["router"] = "model.layers.0.mlp.router.weight"
     monkeypatch.setattr(serve_check, "_language_names", lambda *given: names)
     outcome, words = _found(merged)[GGUF]
     assert outcome == "failed" and "1 tensors, such as model.layers.0.mlp.router.weight" in words
+
+
+@needs_gguf
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_gguf_reads_is_what_was_written(dtype, tmp_path, monkeypatch) -> None:
+    import gguf
+
+    tensor = torch.randn(4, 6).to(dtype)
+    save_file({"own": tensor, "other": tensor + 1}, tmp_path / "model.safetensors")
+    through = partial(serve_check._through_gguf, tmp_path, {"own": "blk.0.attn_q.weight"}, "gemma3")
+    assert list(through()) == [("own", "blk.0.attn_q.weight", True)]
+    write = gguf.GGUFWriter.add_tensor
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", lambda self, name, t, **more: write(self, name, t * 2, **more))
+    assert list(through()) == [("own", "blk.0.attn_q.weight", False)]
 
 
 @needs_gguf

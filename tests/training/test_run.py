@@ -273,6 +273,8 @@ def test_parts_with_ranks_and_rates_of_their_own(run_arguments, tmp_path: Path, 
     with caplog.at_level("INFO", logger="vlmtune"):
         run_training(*run_arguments(tmp_path / "whole", **options))
     assert "\nvision: LoRA, layers 12, rank 2, alpha 32, learning rate 1e-30" in caplog.text
+    # Said before training, so that nobody learns it from a server that answers as the base does.
+    assert "do not apply LoRA on the vision and modules trained in full (projector) of an adapter: merge" in caplog.text
     parts = record(tmp_path / "whole")["model"]["parts"]
     assert parts["projector"] == {"how": "in full", "learning_rate": 5e-3}
     assert (parts["language"]["rank"], parts["language"]["learning_rate"]) == (4, 1e-3)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 SECONDS = 1800
 # Architectures whose name in llama.cpp is another than transformers'.
 GGUF_NAMES = {"mistral": "llama", "qwen2_5_vl": "qwen2vl"}
+GGUF_FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # The converter gives these another name before it looks them up.
 GGUF_TENSORS = {".linear_attn.dt_bias": ".linear_attn.dt_proj.bias"}
 LOAD_IN_VLLM = "import sys; from vllm import LLM; LLM(model=sys.argv[1], enforce_eager=True, max_num_seqs=1)"
@@ -122,25 +123,58 @@ def _gguf(folder: Path) -> ServeCheck:
     if arch is None:
         return ServeCheck(name, "not checked", f"it has no architecture of the name {wanted}")
     known = gguf.get_tensor_name_map(arch, text.num_hidden_layers)
-    names = list(_language_names(folder, config))
-    lost = [tensor for tensor in names if known.get_name(tensor, try_suffixes=(".weight", ".bias")) is None]
+    asked = dict(_language_names(folder, config))
+    places = {own: known.get_name(looked_up, try_suffixes=(".weight", ".bias")) for own, looked_up in asked.items()}
+    lost = [asked[own] for own, place in places.items() if place is None]
     if lost:
         return ServeCheck(name, "failed", f"its {wanted} has no place for {len(lost)} tensors, such as {lost[0]}")
+    changed = [place for own, place, same in _through_gguf(folder, places, wanted) if not same]
+    if changed:
+        return ServeCheck(name, "failed", f"{len(changed)} tensors come back changed, such as {changed[0]}")
     return ServeCheck(
-        name, "passed", f"its {wanted} has a place for the language model's {len(names)} tensors; no values, no images"
+        name,
+        "passed",
+        f"its {wanted} has a place for the language model's {len(asked)} tensors, which come back as they were "
+        "written; not asked: the tokenizer and images",
     )
 
 
-def _language_names(folder: Path, config: Any) -> Iterator[str]:
-    """Names of the language model's tensors, as llama.cpp's converter looks them up."""
+def _through_gguf(folder: Path, places: Mapping[str, str], architecture: str) -> Iterator[tuple[str, str, bool]]:
+    """Write each tensor into a GGUF file of its own and read it: its name, its name there, and whether it is equal."""
+    import gguf
+
+    with tempfile.TemporaryDirectory(prefix="vlmtune-gguf-") as scratch:
+        path = Path(scratch) / "tensor.gguf"
+        for file in weight_files(folder):
+            with safe_open(str(file), framework="pt") as opened:
+                for own in places.keys() & set(opened.keys()):
+                    tensor = opened.get_tensor(own).contiguous()
+                    kind = GGUF_FORMATS.get(tensor.dtype)
+                    if kind is None:
+                        yield own, f"{places[own]} (in {tensor.dtype})", False
+                        continue
+                    numbers = tensor.view(torch.uint8 if tensor.dtype == torch.bfloat16 else tensor.dtype).numpy()
+                    writer = gguf.GGUFWriter(path, architecture)
+                    writer.add_tensor(places[own], numbers, raw_dtype=gguf.GGMLQuantizationType[kind])
+                    writer.write_header_to_file()
+                    writer.write_kv_data_to_file()
+                    writer.write_tensors_to_file()
+                    writer.close()
+                    (found,) = gguf.GGUFReader(path).tensors
+                    same = found.name == places[own] and found.shape.tolist() == list(reversed(tensor.shape))
+                    yield own, places[own], same and found.data.tobytes() == numbers.tobytes()
+
+
+def _language_names(folder: Path, config: Any) -> Iterator[tuple[str, str]]:
+    """The language model's tensors by name, with the name that llama.cpp's converter looks up."""
     parts = get_family(config).parts
-    for place in module_names(config, _tensors(folder)).values():
+    for own, place in module_names(config, _tensors(folder)).items():
         if place.startswith(parts["language"] + "."):
             name = "model." + place.removeprefix(parts["language"] + ".")
             ending = next((ending for ending in GGUF_TENSORS if name.endswith(ending)), None)
-            yield name if ending is None else name.removesuffix(ending) + GGUF_TENSORS[ending]
+            yield own, name if ending is None else name.removesuffix(ending) + GGUF_TENSORS[ending]
         elif place.startswith("lm_head."):
-            yield place
+            yield own, place
 
 
 def _converter(folder: Path, base: Path) -> list[ServeCheck]:
