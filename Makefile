@@ -53,7 +53,7 @@ licences: $(VENV)/.installed-dev  ## check the licences of everything that vlmtu
 	$(BIN)/python scripts/licences.py
 
 audit: $(VENV)/.installed-dev  ## look for known weaknesses in what is pinned (asks PyPI's advisory service)
-	@$(BIN)/python -m pip install -q pip-audit
+	@$(BIN)/python -m pip install -q -c constraints.txt pip-audit
 	@$(BIN)/python scripts/audit.py
 
 check: $(VENV)/.installed-dev  ## style, types, import layers and file lengths

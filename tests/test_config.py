@@ -17,6 +17,7 @@ from vlmtune.config import (
     parse_recipe,
 )
 from vlmtune.config.convert import Unconvertible, convert
+from vlmtune.config.devices import split_batch
 from vlmtune.config.options import OptionsError, field_types
 from vlmtune.config.recipe import parse_arguments, read_yaml
 from vlmtune.errors import ConfigError
@@ -353,3 +354,38 @@ def test_parts_that_are_trained(text, in_full, trained, recipe):
 def test_choices_that_cannot_be(text, message, recipe):
     with pytest.raises(ConfigError, match=message):
         parse_recipe((), recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("effective", "most", "devices", "split"),
+    [
+        (64, 8, 8, (8, 1)),
+        (64, 8, 1, (8, 8)),
+        (12, 4, 2, (3, 2)),
+        (6, 8, 2, (3, 1)),
+        (7, 3, 1, (1, 7)),
+        (2, 8, 2, (1, 1)),
+    ],
+)
+def test_an_effective_batch_is_split_over_devices_and_accumulation(effective, most, devices, split) -> None:
+    assert split_batch(effective, most, devices) == split
+    assert split[0] * split[1] * devices == effective
+
+
+def test_an_effective_batch_decides_batch_and_accumulation() -> None:
+    args = TrainingArguments(output_dir="out", use_cpu=True, effective_batch_size=6, per_device_train_batch_size=4)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "said"),
+    [
+        ({"effective_batch_size": 7}, "2", "effective_batch_size is 7, which cannot be split evenly over 2 devices"),
+        ({"effective_batch_size": 8, "gradient_accumulation_steps": 2}, "1", "are both set; the first decides"),
+        ({"effective_batch_size": 0}, "1", "effective_batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_an_effective_batch_that_cannot_be(options, devices, said, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", devices)
+    with pytest.raises(OptionsError, match=said):
+        TrainingArguments(output_dir="out", use_cpu=True, **options)
