@@ -6,21 +6,27 @@ questions. Filling the feature cache counts; loading and evaluation do not.
 
 python benchmarks/time_to_accuracy.py [--model FOLDER] [--seeds 3] [--target 90] [--questions 500]
 
-A mode is `separate`, `shared`, `cached` (shared, with image features computed once: what vlmtune does by
-default), or one of the latter two with the most questions of an image in one batch, as `shared-3`.
+A mode is `separate`, `shared`, or `cached` (shared, with image features computed once: what vlmtune does by
+default). `shared-3` has at most 3 questions of an image in one step, `shared@64` has 64 questions in a step instead of
+the recipe's, and `shared:2e-3` has another learning rate; `shared-3@64:2e-3` has all of these.
+
+Seconds of the processor are printed beside seconds of the clock: other work on the machine changes them less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _common import (
     QUIET,
     RESULTS,
@@ -36,6 +42,7 @@ from _common import (
 )
 
 COLORS = {"separate": "#9aa0a6", "shared": "#4285f4", "cached": "#1a56c4"}
+MODE = re.compile(r"(?P<kind>separate|shared|cached)(-(?P<most>\d+))?(@(?P<batch>\d+))?(:(?P<rate>[\d.e-]+))?")
 
 
 def watcher(args: argparse.Namespace, answer_all: Any) -> Any:
@@ -45,22 +52,35 @@ def watcher(args: argparse.Namespace, answer_all: Any) -> Any:
     class Watcher(TrainerCallback):
         def __init__(self) -> None:
             self.points: list[dict[str, float]] = []
-            self.seconds, self.since, self.trainer = 0.0, 0.0, None
+            self.seconds, self.cpu_seconds, self.trainer = 0.0, 0.0, None
+
+        def start(self) -> None:
+            self.since, self.cpu_since = now(), time.process_time()
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.since = now()
+            self.start()
 
         def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
             if state.global_step % args.every and state.global_step < state.max_steps:
                 return
             self.seconds += now() - self.since
+            self.cpu_seconds += time.process_time() - self.cpu_since
             accuracy = answer_all()
-            seen = self.trainer.work.samples
-            self.points.append({"step": state.global_step, "samples": seen, "seconds": self.seconds, "right": accuracy})
+            work = self.trainer.work
+            self.points.append(
+                {
+                    "step": state.global_step,
+                    "samples": work.samples,
+                    "images": work.images,
+                    "seconds": round(self.seconds, 2),
+                    "cpu_seconds": round(self.cpu_seconds, 2),
+                    "right": round(accuracy, 2),
+                }
+            )
             print(self.points[-1], file=sys.stderr, flush=True)
             if accuracy >= args.target and not args.whole:
                 control.should_training_stop = True
-            self.since = now()
+            self.start()
 
     return Watcher()
 
@@ -74,9 +94,12 @@ def worker(args: argparse.Namespace) -> None:
     from vlmtune.evaluation.metrics import get_metric
     from vlmtune.models.loading import load_processor
 
-    mode, _, most = args.worker.partition("-")
+    mode = MODE.fullmatch(args.worker)
+    assert mode is not None, args.worker
     flags = ["--model_name_or_path", args.model, "--output_dir", tempfile.mkdtemp(), "--seed", str(args.seed)]
     flags += ["--max_steps", str(args.max_steps)] if args.max_steps > 0 else []
+    flags += ["--per_device_train_batch_size", mode["batch"]] if mode["batch"] else []
+    flags += ["--learning_rate", mode["rate"]] if mode["rate"] else []
     recipe = parse_recipe(flags, Path(str(resources.files("vlmtune.demo") / "recipes" / "easy_vqa.yaml")))
     for name, value in QUIET.items():
         setattr(recipe.training, name, value)
@@ -92,18 +115,18 @@ def worker(args: argparse.Namespace) -> None:
 
     callback = watcher(args, answer_all)
     trainer, filling = vlmtune_trainer(
-        mode,
+        mode["kind"],
         args.model,
         load_samples("easy-vqa", split="train").dataset,
         recipe.training,
         shuffle=True,
         lora=(recipe.model.lora_r, recipe.model.lora_alpha),
-        max_texts=int(most) if most else None,
+        max_texts=int(mode["most"]) if mode["most"] else None,
         callbacks=[callback],
     )
-    callback.trainer, callback.seconds = trainer, filling
+    callback.trainer, callback.seconds, callback.cpu_seconds = trainer, filling.seconds, filling.cpu_seconds
     trainer.train()
-    print(json.dumps({"seed": args.seed, "filling": filling, "points": callback.points}))
+    print(json.dumps({"seed": args.seed, "filling": filling.seconds, "points": callback.points}))
 
 
 def reached(run: dict[str, Any], target: float) -> dict[str, float] | None:
@@ -116,41 +139,40 @@ def summary(runs: dict[str, list[dict[str, Any]]], target: float) -> dict[str, d
     found: dict[str, dict[str, Any]] = {}
     for mode, done in runs.items():
         hits = [reached(run, target) for run in done]
-        found[mode] = {"seconds_each": [hit and round(hit["seconds"], 1) for hit in hits]}
-        found[mode] |= {"samples_each": [hit and hit["samples"] for hit in hits]}
-        whole = all(hits)
-        for name in ("seconds", "samples"):
-            found[mode][name] = statistics.median(hit[name] for hit in hits if hit) if whole else None
+        found[mode] = {}
+        for name in ("seconds", "cpu_seconds", "samples", "images"):
+            found[mode][name] = statistics.median(hit[name] for hit in hits if hit) if all(hits) else None
+            found[mode][f"{name}_each"] = [hit and hit[name] for hit in hits]
     return found
 
 
 def by_samples(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Table of the mean accuracy after as many samples, so that grouping's cost per sample can be seen."""
-    shared_steps = [{point["step"] for point in run["points"]} for done in runs.values() for run in done]
-    steps = sorted(set.intersection(*shared_steps))
-    # A run that has reached the target stops: later points would compare what remains of the seeds.
-    shown = steps[:: max(1, -(-len(steps) // 12))]
+    every = [run["points"] for done in runs.values() for run in done]
+    # A run that has reached the target stops: later rows would compare what remains of the seeds.
+    first = max(points[0]["samples"] for points in every)
+    last = min(points[-1]["samples"] for points in every)
     rows = []
-    for step in shown:
-        row = [f"{step:,}"]
+    for seen in np.linspace(first, last, 8):
+        row = [f"{seen:,.0f}"]
         for done in runs.values():
-            points = [next(point for point in run["points"] if point["step"] == step) for run in done]
-            seen = statistics.mean(point["samples"] for point in points)
-            row.append(f"{statistics.mean(point['right'] for point in points):.1f} % after {seen:,.0f}")
+            curves = [[(point["samples"], point["right"]) for point in run["points"]] for run in done]
+            row.append(f"{statistics.mean(np.interp(seen, *zip(*curve, strict=True)) for curve in curves):.1f} %")
         rows.append(row)
-    return markdown(["step", *runs], rows)
+    return markdown(["samples seen", *runs], rows)
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], target: float, path: Path) -> None:
     """Draw accuracy over time and over samples seen, a line a run."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, key, label in ((axes[0], "seconds", "seconds of training"), (axes[1], "samples", "samples seen")):
+    for axis, key, label in ((axes[0], "cpu_seconds", "processor seconds"), (axes[1], "samples", "samples seen")):
         for number, (mode, done) in enumerate(runs.items()):
-            style = ("-", "--", ":")[min(number // 3, 2)] if "-" in mode else "-"
+            plain = mode in COLORS
+            style = "-" if plain else ("--", ":", "-.")[number % 3]
             for index, run in enumerate(done):
                 xs, ys = [point[key] for point in run["points"]], [point["right"] for point in run["points"]]
-                color = COLORS[mode.partition("-")[0]]
+                color = COLORS[mode if plain else MODE.fullmatch(mode)["kind"]]
                 axis.plot(xs, ys, style, color=color, alpha=0.8, label=mode if not index else None)
         axis.axhline(target, color="black", linewidth=0.6)
         axis.set_xlabel(label)
@@ -160,10 +182,32 @@ def plot(runs: dict[str, list[dict[str, Any]]], target: float, path: Path) -> No
     figure.savefig(path, dpi=120)
 
 
+def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the tables, the curves and the plot."""
+    found = summary(runs, args.target)
+    base = next(iter(runs))
+    rows = []
+    for mode, figures in found.items():
+        row = [mode]
+        for name in ("seconds", "cpu_seconds", "samples"):
+            value, first = figures[name], found[base][name]
+            each = ", ".join("not reached" if one is None else f"{one:,.0f}" for one in figures[f"{name}_each"])
+            row += [each, f"{value / first:.2f}" if value and first else "-"]
+        rows.append([*row, "-" if figures["images"] is None else f"{figures['images']:,.0f}"])
+    columns = [f"seconds to {args.target:g} %, each seed", "processor's seconds", "samples seen till then"]
+    columns = [text for column in columns for text in (column, f"of {base}")]
+    table = markdown(["mode", *columns, "images computed"], rows)
+    table += f"\n\nRatios and images are of medians; {args.questions} test questions every {args.every} steps. "
+    table += "Accuracy by samples seen, means of the seeds, as far as every run went:\n\n"
+    table += by_samples(runs)
+    write("time_to_accuracy", {"about": header(args), "runs": runs, "summary": found}, table)
+    plot(runs, args.target, RESULTS / "time_to_accuracy.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a model's folder; by default the demo's, tiny for a random one")
-    parser.add_argument("--modes", default="separate,shared,cached", help="separated by commas")
+    parser.add_argument("--modes", default="separate,shared,shared-3", help="separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--target", type=float, default=90.0, help="percent right at which a run stops")
     parser.add_argument("--questions", type=int, default=500, help="test questions of each evaluation")
@@ -190,21 +234,7 @@ def main() -> None:
                     f"{last['samples']:,} samples",
                     file=sys.stderr,
                 )
-    found = summary(runs, args.target)
-    first = next(iter(found.values()))["seconds"]
-    rows = []
-    for mode, figures in found.items():
-        ratio = f"{figures['seconds'] / first:.2f}" if figures["seconds"] and first else "-"
-        each = ", ".join("not reached" if value is None else f"{value:.0f}" for value in figures["seconds_each"])
-        seen = "-" if figures["samples"] is None else f"{figures['samples']:,.0f}"
-        rows.append([mode, "-" if figures["seconds"] is None else f"{figures['seconds']:.0f}", ratio, each, seen])
-    columns = ["mode", f"seconds to {args.target:g} %", f"of {next(iter(runs))}", "each seed"]
-    table = markdown([*columns, "samples seen till then"], rows)
-    table += f"\n\nMedians of {args.seeds} seeds; {args.questions} test questions every {args.every} steps. "
-    table += "Accuracy by samples seen, means of the seeds, as far as every run went:\n\n"
-    table += by_samples(runs)
-    write("time_to_accuracy", {"about": header(args), "runs": runs, "summary": found}, table)
-    plot(runs, args.target, RESULTS / "time_to_accuracy.png")
+    report(args, runs)
 
 
 if __name__ == "__main__":

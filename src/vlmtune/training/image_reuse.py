@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vlmtune.batching.encode import Encoder
 from vlmtune.batching.groups import Ints, Keys, grouped
 from vlmtune.batching.masks import EXACT_ATTENTION
 from vlmtune.config import ModelWithLoRAArguments, VLMDataArguments
-from vlmtune.data.hashes import row_hashes
+from vlmtune.data.hashes import ROWS_AT_ONCE, row_hashes
 from vlmtune.data.images import content_hash
 from vlmtune.data.loading import load_train_and_eval
 from vlmtune.data.sample import ImageRef, Sample
@@ -183,7 +183,7 @@ def fill_feature_cache(
     """
     by_hash: dict[str, ImageRef] = {}
     for dataset in sets:
-        for key, row_images in zip(dataset["image_key"], dataset["images"], strict=True):
+        for key, row_images in _first_rows(dataset):
             for name, image in zip(key.split(), row_images, strict=True):
                 by_hash.setdefault(name, ImageRef(**image))
     absent = missing(cache, by_hash)
@@ -201,6 +201,16 @@ def fill_feature_cache(
             progress(min(start + IMAGES_AT_ONCE, len(mine)), len(mine))
     cache.flush()
     return len(mine)
+
+
+def _first_rows(dataset: datasets.Dataset) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield key and images of the first row with each key: most texts have an image that is known already."""
+    seen: set[str] = set()
+    for batch in dataset.select_columns(["image_key", "images"]).with_format("arrow").iter(ROWS_AT_ONCE):
+        for index, key in enumerate(batch["image_key"].to_pylist()):
+            if key not in seen:
+                seen.add(key)
+                yield key, batch["images"][index].as_py()
 
 
 def _require_unchanged(images: Mapping[str, ImageRef]) -> None:
