@@ -86,7 +86,7 @@ class Encoder:
         self.turn_end = _turn_end(tokenizer, family)
         self.turn_end_id: int = tokenizer.convert_tokens_to_ids(self.turn_end)
         self.image_token_ids: frozenset[int] = frozenset(processor.image_token_ids)
-        self._control_tokens = _control_tokens(processor, family)
+        self.control_tokens = _control_tokens(processor, family)
         # Rendered prompts: one for all captions, and rendering takes half of the time of a text.
         self._prompts: dict[tuple[Any, tuple[Message, ...]], str] = {}
 
@@ -130,7 +130,7 @@ class Encoder:
         sample = self._told(sample)
         image_inputs = self.images(sample) if pixels and sample.images else {}
         layout = image_inputs or self.layout(sample)
-        text = self._expand(self._render(sample, sample.prompt, generate=True), len(sample.images), layout, sample)
+        text = self._expand(self.render(sample, sample.prompt, generate=True), len(sample.images), layout, sample)
         input_ids, _ = self._tokenize(text)
         return EncodedSample(
             id=sample.id,
@@ -184,16 +184,16 @@ class Encoder:
         sample = self._told(sample)
         messages, n_images = sample.messages, len(sample.images)
         inputs = image_inputs or self.layout(sample)
-        text = self._expand(self._render(sample, messages), n_images, inputs, sample)
+        text = self._expand(self.render(sample, messages), n_images, inputs, sample)
         input_ids, offsets = self._tokenize(text)
         supervised = [False] * len(input_ids)
         for turn, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             seen = sum(m.n_images for m in messages[:turn])
-            prompt = self._expand(self._render(sample, messages[:turn], generate=True), seen, inputs, sample)
+            prompt = self._expand(self.render(sample, messages[:turn], generate=True), seen, inputs, sample)
             is_last = turn == len(messages) - 1
-            closed = text if is_last else self._render(sample, messages[: turn + 1])
+            closed = text if is_last else self.render(sample, messages[: turn + 1])
             through = text if is_last else self._expand(closed, seen, inputs, sample)
             if not (text.startswith(prompt) and text.startswith(through)):
                 raise EncodingError(
@@ -285,14 +285,15 @@ class Encoder:
         if problem := sample.problem():
             raise EncodingError(f"Sample {sample.id!r} {problem}. Mend or leave out that row.")
         for message in sample.messages:
-            found = next((token for token in self._control_tokens if token in message.text), None)
+            found = next((token for token in self.control_tokens if token in message.text), None)
             if found:
                 raise EncodingError(
                     f"Sample {sample.id!r}: the {message.role}'s text contains {found!r}, which the model reads as a "
                     "control token, not as text. Remove it from the text; images belong in the row's images."
                 )
 
-    def _render(self, sample: Sample, messages: tuple[Message, ...], *, generate: bool = False) -> str:
+    def render(self, sample: Sample, messages: tuple[Message, ...], *, generate: bool = False) -> str:
+        """Return what the chat template, or the family, makes of messages; opened for an answer by ``generate``."""
         # A person may have changed the template since.
         key = (self.processor.chat_template, messages)
         if generate and key in self._prompts:

@@ -8,12 +8,13 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 
+from vlmtune.batching.counting import UNKNOWN, Counter
 from vlmtune.batching.encode import Encoder
 from vlmtune.data.sample import Sample
 from vlmtune.errors import EncodingError, ImageError, TooLongError
@@ -21,9 +22,20 @@ from vlmtune.errors import EncodingError, ImageError, TooLongError
 logger = logging.getLogger("vlmtune.batching")
 
 Row = Mapping[str, Any]
+Counts = npt.NDArray[np.int64]
+
+
+class _Fault(NamedTuple):
+    reason: str
+    too_long: bool
+
 
 # Below this many rows, starting worker processes takes longer than the pass itself.
 PARALLEL_FROM = 20_000
+# Below this many rows, finding out how to count them takes longer than encoding them.
+COUNTED_FROM = 2_000
+# Counted rows that are encoded too, spread over the data, to see that the counts are right.
+COMPARED = 200
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,9 @@ def scan(
     max_bad_fraction: float = 0.01,
     processes: int | None = None,
 ) -> Scan:
-    """Encode every row's text (images are not decoded) and report what cannot be trained on.
+    """Count every row's tokens (images are not decoded) and report what cannot be trained on.
+
+    Many rows are counted by :class:`~vlmtune.batching.counting.Counter`, and encoded where that leaves a doubt.
 
     Rows above ``max_length`` are left out when the encoder's policy is ``drop``, and are an error when it is
     ``error``. Rows that cannot be encoded for another reason are left out up to ``max_bad_fraction`` of all.
@@ -71,16 +85,13 @@ def scan(
     Raises:
         EncodingError: too many rows cannot be encoded; the message names the first of them and says how many.
     """
-    table = measure_rows(dataset, partial(_measure, encoder=encoder, to_sample=to_sample), _COLUMNS, processes)
-    measures = ("length", "supervised", "image_tokens")
-    lengths, supervised, image_tokens = (np.asarray(table[name], dtype=np.int64) for name in measures)
-    reasons, too_long = table["reason"][:], np.asarray(table["too_long"], dtype=bool)
-    bad = [index for index, reason in enumerate(reasons) if reason]
-    left_out = [(str(dataset[index]["id"]), reasons[index]) for index in bad]
-    fatal = [index for index in bad if not too_long[index] or encoder.on_too_long != "drop"]
-    strict = any(too_long[index] for index in fatal)
+    counts, faults = _measured(dataset, encoder, to_sample, processes)
+    bad = sorted(faults)
+    left_out = [(str(dataset[index]["id"]), faults[index].reason) for index in bad]
+    fatal = [faults[index] for index in bad if not faults[index].too_long or encoder.on_too_long != "drop"]
+    strict = any(fault.too_long for fault in fatal)
     if fatal and (strict or len(fatal) > max_bad_fraction * len(dataset)):
-        shown = "\n".join(f"  {reasons[index]}" for index in fatal[:5])
+        shown = "\n".join(f"  {fault.reason}" for fault in fatal[:5])
         more = f"\n  and {len(fatal) - 5:,} more" if len(fatal) > 5 else ""
         raise EncodingError(f"{len(fatal):,} of {len(dataset):,} samples cannot be trained on:\n{shown}{more}")
     for name, reason in left_out[:5]:
@@ -88,7 +99,41 @@ def scan(
     if left_out:
         logger.warning("%d of %d samples were left out; every one is named in the run's record", len(bad), len(dataset))
     kept = np.setdiff1d(np.arange(len(dataset)), np.asarray(bad, dtype=np.int64))
-    return Scan(kept, lengths[kept], supervised[kept], left_out, image_tokens[kept])
+    lengths, supervised, image_tokens = counts[kept].T
+    return Scan(kept, lengths, supervised, left_out, image_tokens)
+
+
+def _measured(
+    dataset: datasets.Dataset, encoder: Encoder, to_sample: Callable[..., Sample], processes: int | None
+) -> tuple[Counts, dict[int, _Fault]]:
+    """Count each row's tokens, supervised tokens and soft tokens, (N, 3), and find what is wrong with the others."""
+    counts = np.full((len(dataset), len(_MEASURES)), UNKNOWN, dtype=np.int64)
+    if len(dataset) >= COUNTED_FROM and to_sample == Sample.from_row:
+        counts = Counter(encoder).count(dataset)
+    tokens, supervised, _ = counts.T
+    doubtful = (tokens == UNKNOWN) | (tokens > (encoder.max_length or np.inf)) | (supervised < 1)
+    compared = np.zeros(len(dataset), dtype=bool)
+    compared[:: max(1, len(dataset) // COMPARED)] = True
+    rows = np.flatnonzero(doubtful | compared)
+    found, faults = _encoded(dataset, rows, encoder, to_sample, processes)
+    same = doubtful[rows] | (found == counts[rows]).all(axis=1)
+    if not same.all():
+        logger.info("sample %r is not of the length that was counted: all are encoded", dataset[rows[~same][0]]["id"])
+        return _encoded(dataset, np.arange(len(dataset)), encoder, to_sample, processes)
+    counts[rows] = found
+    return counts, faults
+
+
+def _encoded(
+    dataset: datasets.Dataset, rows: Counts, encoder: Encoder, to_sample: Callable[..., Sample], processes: int | None
+) -> tuple[Counts, dict[int, _Fault]]:
+    chosen = dataset if len(rows) == len(dataset) else dataset.select(rows)
+    table = measure_rows(chosen, partial(_measure, encoder=encoder, to_sample=to_sample), _COLUMNS, processes)
+    reasons, too_long = table["reason"][:], table["too_long"][:]
+    faults = {
+        int(row): _Fault(reason, late) for row, reason, late in zip(rows, reasons, too_long, strict=True) if reason
+    }
+    return np.stack([np.asarray(table[name], dtype=np.int64) for name in _MEASURES], axis=1), faults
 
 
 def measure_rows(
@@ -126,7 +171,8 @@ def _measure_batch(batch: Mapping[str, list[Any]], measure: Callable[[Row], dict
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-_COLUMNS = {"length": "int64", "supervised": "int64", "image_tokens": "int64", "too_long": "bool", "reason": "string"}
+_MEASURES = ("length", "supervised", "image_tokens")
+_COLUMNS = dict.fromkeys(_MEASURES, "int64") | {"too_long": "bool", "reason": "string"}
 
 
 def _measure(row: Row, encoder: Encoder, to_sample: Callable[..., Sample]) -> dict[str, Any]:
