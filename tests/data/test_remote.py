@@ -181,7 +181,8 @@ def test_a_name_that_leads_inside_is_refused(
 
 
 @pytest.mark.parametrize("url", ["http:", "http://", "https:///x.jpg", "http://a b/c.jpg", "http://e.org:99999/0.jpg"])
-def test_what_is_no_address_is_set_aside(messages_file: Write, url: str) -> None:
+def test_what_is_no_address_is_set_aside(messages_file: Write, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
     (bad,) = read(messages_file([row(url), row("1.jpg", 1)])).quarantine.rows
     assert bad.id == "r0"
 

@@ -67,7 +67,8 @@ def test_a_hundred_thousand_rows_start_in_seconds(
         train_one_step(write_captions(tmp_path / f"{rows}", rows), tiny_gemma3_dir, tmp_path / f"out {rows}")
         for rows in (10_000, 100_000)
     )
-    # Measured 11 s on quiet cores; busy ones take twice as much CPU time for the same. One text at a time took 49 s.
+    # Cores that do other work beside take twice as much CPU time for the same. One text at a time took 49 to 105 s.
+    print(few, many)
     assert many.cpu_seconds < 30
     assert many.peak_mib - few.peak_mib < 150
 
