@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -87,3 +88,16 @@ def test_columns_that_say_nothing_are_not_recognised(tmp_path: Path) -> None:
     assert not tables.detect(tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet cannot be read"):
         load_samples(tmp_path / "b.parquet", format="tables")
+
+
+def test_of_parquet_a_row_group_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    size, groups = 1 << 20, 12
+    rng = np.random.default_rng(0)
+    schema = pa.schema({"image": pa.struct({"bytes": pa.binary()}), "text": pa.string()})
+    with pq.ParquetWriter(tmp_path / "train.parquet", schema) as writer:
+        for group in range(groups):
+            rows = [{"image": {"bytes": rng.bytes(size // 4)}, "text": f"{group} {n}"} for n in range(4)]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in tables._batches(tmp_path / "train.parquet")]
+    assert len(held) == groups and max(held) < 6 * size

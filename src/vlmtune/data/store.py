@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 )
 ROWS_AT_ONCE = 2_000
 # Images given as bytes make rows large; no more than this many bytes are collected before they are written.
-BYTES_AT_ONCE = 256 << 20
+BYTES_AT_ONCE = 32 << 20
 
 
 class Store:

@@ -90,7 +90,9 @@ def _rows(file: Path, numbers: Iterator[int]) -> Iterator[tuple[str, tuple[int, 
 def _batches(file: Path) -> Iterator[Any]:
     if file.suffix.lower() == ".parquet":
         with pq.ParquetFile(file) as table:
-            yield from table.iter_batches(ROWS_AT_ONCE)
+            # Over all row groups at once, what was unpacked stays in memory until the end.
+            for group in range(table.num_row_groups):
+                yield from table.iter_batches(ROWS_AT_ONCE, row_groups=[group])
         return
     # Not mapped: of a file cut short the missing part would end the process by a signal (SIGBUS).
     with pa.OSFile(str(file)) as opened:
