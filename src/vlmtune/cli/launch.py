@@ -45,13 +45,14 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def on_devices(command: str, argv: list[str], classes: Sequence[type]) -> int | None:
+def on_devices(command: str, argv: list[str], classes: Sequence[type], places: Sequence[str] = ()) -> int | None:
     """Run a command on the devices that its options ask for.
 
     Args:
         command: its name.
         argv: what follows it.
         classes: of all options that may stand there or in the recipe.
+        places: what stands between the command and ``argv``, where that is options alone.
 
     Returns:
         The exit code, or ``None`` where this process is to do the work.
@@ -77,7 +78,7 @@ def on_devices(command: str, argv: list[str], classes: Sequence[type]) -> int | 
     require_devices(devices)
     require_rendezvous(nodes, rendezvous)
     debug = ["--debug"] if "--debug" in sys.argv else []
-    return _launch([sys.executable, "-m", "vlmtune.cli", command, *argv, *debug], devices, nodes, rendezvous)
+    return _launch([sys.executable, "-m", "vlmtune.cli", command, *places, *argv, *debug], devices, nodes, rendezvous)
 
 
 def _asked(argv: list[str], classes: Sequence[type]) -> DeviceOptions:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from vlmtune.data.remote import is_remote
 from vlmtune.data.sample import ImageRef, Message, Sample
 from vlmtune.errors import DataError, OutputError, VlmtuneError
 from vlmtune.evaluation.generation import Answer, AnswerGenerator
+from vlmtune.evaluation.ranks import by_first, count, is_first, shared_out
 from vlmtune.evaluation.runner import weights_fingerprint
 from vlmtune.files import write_whole
 
@@ -158,10 +161,14 @@ class Predictor:
         self.progress = progress
 
     def answers(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Answer | str]]:
-        """Yield each sample with its answer, or with why there is none; not in the order given."""
+        """Yield each sample with its answer, or with why there is none; not in the order given.
+
+        Several processes take a block each in turn, and all yield all.
+        """
         done = 0
-        for block in self._blocks(samples):
-            found = self._block(block)
+        blocks = self._blocks(samples)
+        while turn := list(islice(blocks, count())):
+            found = shared_out(turn, lambda mine: [pair for block in mine for pair in self._block(block)])
             done += len(found)
             if self.progress:
                 self.progress(done, len(samples))
@@ -179,13 +186,14 @@ class Predictor:
         Raises:
             OutputError: the file is of another model or other options, or was not written by this command.
         """
-        done = self._continue(questions, output)
+        done = by_first(lambda: self._continue(questions, output))
         before = len(done)
         pending = [sample for sample in questions.samples if sample.id not in done]
         if before:
             logger.info("%s holds %s answers; %s are left", output, f"{before:,}", f"{len(pending):,}")
         bad = dict(questions.bad)
-        with output.open("a", encoding="utf-8") as file:
+        # Of several processes the first writes.
+        with (output if is_first() else Path(os.devnull)).open("a", encoding="utf-8") as file:
             for sample, answer in self.answers(pending):
                 if isinstance(answer, str):
                     bad[sample.id] = answer
@@ -194,7 +202,8 @@ class Predictor:
                 file.write(done[sample.id])
                 file.flush()
         wanted = [*questions.samples, *(Sample(name, (), ()) for name in questions.bad)]
-        write_whole(output, "".join(done.get(one.id) or _bad_line(one, bad[one.id]) for one in wanted))
+        if is_first():
+            write_whole(output, "".join(done.get(one.id) or _bad_line(one, bad[one.id]) for one in wanted))
         return before, bad
 
     @property
