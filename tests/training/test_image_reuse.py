@@ -201,7 +201,7 @@ def test_sharing_asked_of_a_family_that_cannot(
     """On stops the run before anything is read, with the family's reason; auto trains separate rows."""
     reason = "its prompt attends to the question"
     cannot = dataclasses.replace(GEMMA, name="other", sharing=False, sharing_reason=reason, feature_cache=False)
-    monkeypatch.setattr(run_module, "get_family", lambda model: cannot)
+    monkeypatch.setattr(run_module, "get_family", lambda model, model_type: cannot)
     with pytest.raises(ConfigError, match=rf"share_images is on, but other cannot .*: {reason}\. Set .* auto or off"):
         run_training(*run_arguments(tmp_path / "on", share_images="on"))
     assert not list((tmp_path / "on").iterdir())
