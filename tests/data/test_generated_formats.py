@@ -23,6 +23,7 @@ from vlmtune.data.quarantine import Quarantine
 from vlmtune.errors import DataError, VlmtuneError
 
 EXAMPLES = 15
+MILLION = 1_000_000
 TEXTS = st.one_of(
     st.text(max_size=8),
     st.sampled_from(
@@ -230,3 +231,21 @@ def test_arrow_cut_short_or_damaged_is_named(tmp_path: Path, layout: str) -> Non
             load_samples(tmp_path, format="tables", max_bad_fraction=1)
         except DataError as error:
             assert "train.arrow" in str(error) or str(tmp_path) in str(error)
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_all_accounted_for(tmp_path: Path) -> None:
+    total, broken = MILLION, 0
+    with (tmp_path / "train.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(total):
+            talk = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "猫"}]
+            line = json.dumps({"messages": talk})
+            bad = number % 200 == 7
+            broken += bad
+            file.write((line[:-2] if bad else line) + "\n")
+    data = load_samples(tmp_path / "train.jsonl")
+    assert (len(data.dataset), len(data.quarantine)) == (total - broken, broken)
+    assert data.quarantine.rows[1].id == "train.jsonl, line 208"
+    assert data.dataset[-1]["id"] == str(total)
+    with pytest.raises(DataError, match=f"{broken:,} of {total:,} rows of .* cannot be used"):
+        load_samples(tmp_path / "train.jsonl", max_bad_fraction=0.001)
