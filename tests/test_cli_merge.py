@@ -7,6 +7,9 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from vlmtune import cli
+from vlmtune.config.merge import MergeArguments
 from vlmtune.evaluation import merging
 from vlmtune.evaluation.card import CARD
 from vlmtune.models import merge as merge_module
@@ -189,6 +193,24 @@ class TestRefused:
         else:
             assert vlmtune(*arguments) == (130 if isinstance(error, KeyboardInterrupt) else 1)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("moment", ["", "/model/*.safetensors", "/model/chat_template.jinja"])
+    def test_killed(self, moment, adapter, tmp_path, caplog) -> None:
+        """By ``kill -9``: the output is not there, and the next merge names what lies beside it."""
+        command = [sys.executable, "-m", "vlmtune.cli", "merge", adapter, tmp_path / "merged", "--samples", "1"]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list(tmp_path.glob(f".merged.merging-*{moment}")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        (left,) = tmp_path.iterdir()
+        assert left.name.startswith(".merged.merging-")
+        result = merging.merge(
+            MergeArguments(adapter=str(adapter), output_dir=str(tmp_path / "merged"), samples=1, max_new_tokens=2)
+        )
+        assert result.output_dir == tmp_path / "merged" and left.name in caplog.text
 
     def test_something_is_there(self, adapter, tmp_path, capsys) -> None:
         (tmp_path / "merged").mkdir()

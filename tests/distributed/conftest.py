@@ -102,6 +102,7 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
         small = {"eval_dataset_path": data.evaluation, "per_device_eval_batch_size": 1}
         saved = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 3}
         few = {"effective_batch_size": 12, "per_device_train_batch_size": 6 // ranks}
+        auto = {"device_batch_size": "auto"}
         best = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
         made = {
             "gemma3": job("gemma3", "gemma3", data.images, **small, **saved),
@@ -112,6 +113,7 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
             "best": job("best", "gemma3", data.images, **small, **saved | best, learning_rate=0.05),
             "quantised": job("quantised", "gemma3", data.images, use_4bit=True, max_steps=2),
             "paligemma": job("paligemma", "paligemma", data.images, max_steps=3),
+            "auto": job("auto", "gemma3", data.images, max_steps=2, per_device_train_batch_size=1, **auto),
             "few": job("few", "gemma3", data.few, num_train_epochs=1, **few),
         }
         return {name: options for name, options in made.items() if name in JOBS[strategy]}
@@ -121,7 +123,7 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
 
 # With DeepSpeed, 4-bit weights and full fine-tuning are refused.
 JOBS = {
-    "ddp": ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "few", "full", "quantised"),
+    "ddp": ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "auto", "few", "full", "quantised"),
     "fsdp": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best", "quantised"),
     "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank"),
     "zero3": ("gemma3", "text_only_rank"),

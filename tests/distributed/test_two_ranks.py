@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-DDP = ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "few", "full")
+DDP = ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "auto", "few", "full")
 FSDP = ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "quantised")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -64,6 +64,12 @@ def test_every_rank_does_as_many_steps(job, two) -> None:
     first, second = two(job).ranks
     assert first["steps"] == second["steps"] > 0
     assert len(first["batches"]) == len(second["batches"])
+
+
+def test_the_largest_device_batch_is_chosen_by_both_ranks(one, two) -> None:
+    """Of batches of one: all of a rank's share of a step fits at once."""
+    for rank in (*two("auto").ranks, *one("auto").ranks):
+        assert len(rank["batches"]) == rank["steps"] == 2
 
 
 def test_each_sample_is_seen_once_an_epoch(two, one) -> None:
