@@ -42,13 +42,22 @@ def changes(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> l
         size_gb: memory of the GPU, in 10**9 bytes.
     """
     found = _fitting(estimator, settings, settings, size_gb)
-    shares = PIXELS if settings.batch.size and settings.batch.images and not found else ()
-    for share in shares:
-        assert settings.batch.size is not None
-        batch = replace(settings.batch, size=smaller(settings.batch.size, share))
-        if found := _fitting(estimator, settings, replace(settings, batch=batch), size_gb):
-            break
+    if settings.batch.size and settings.batch.images and not found:
+        sizes = [smaller(settings.batch.size, share) for share in PIXELS]
+        tried = [replace(settings, batch=replace(settings.batch, size=size)) for size in sizes]
+        bits = 4 if estimator.quantisable else settings.bits
+        least = [replace(one, checkpointing=True, bits=bits) for one in tried]
+        # The smallest first: where it does not fit, none does.
+        if _one_fits(estimator, least[-1], size_gb):
+            fits = next(n for n, one in enumerate(least) if _one_fits(estimator, one, size_gb))
+            found = _fitting(estimator, settings, tried[fits], size_gb)
     return sorted(found, key=lambda change: (change.slower, change.total))
+
+
+def _one_fits(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> bool:
+    """Whether a step of one sample fits: where it does not, larger ones need no trace."""
+    one = replace(settings, batch=replace(settings.batch, samples=1))
+    return estimator.estimate(one).total <= size_gb * GB * USABLE
 
 
 def _fitting(estimator: MemoryEstimator, old: Settings, settings: Settings, size_gb: float) -> list[Change]:
@@ -57,6 +66,8 @@ def _fitting(estimator: MemoryEstimator, old: Settings, settings: Settings, size
     samples = settings.batch.samples
     for bits in {settings.bits, 4} if estimator.quantisable else {settings.bits}:
         for checkpointing in {settings.checkpointing, True}:
+            if not _one_fits(estimator, replace(settings, checkpointing=checkpointing, bits=bits), size_gb):
+                continue
             for batch in (n for n in range(samples, 0, -1) if samples % n == 0):
                 changed = replace(
                     settings,

@@ -9,7 +9,7 @@ Shape legend: B samples, L tokens, H hidden features, A heads, D features of a h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from vlmtune.models.family import Family, Size, attention_window
 from vlmtune.models.memory_autocast import MetaAutocast
@@ -124,16 +124,15 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = args[0]
         if made is None:
             made = func(*args, **kwargs)
-        for tensor in (made,) if isinstance(made, Tensor) else tree_iter(made):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in self._seen:
-                    self._seen.add(storage)
-                    size = storage.nbytes()
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    self.beside = max(self.beside, self.live - self.gradients)
-                    weakref.finalize(storage, self._freed, size)
+        for tensor in _tensors((made,)):
+            storage = tensor.untyped_storage()
+            if storage not in self._seen:
+                self._seen.add(storage)
+                size = storage.nbytes()
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                self.beside = max(self.beside, self.live - self.gradients)
+                weakref.finalize(storage, self._freed, size)
         return made
 
     def _freed(self, size: int) -> None:
@@ -148,11 +147,19 @@ def _unequal(values: Tensor) -> Tensor | None:
 
 def _on_one_device(args: Sequence[Any], kwargs: Any) -> tuple[Sequence[Any], Any]:
     """Where what has values meets what has none, take the values away; sizes of images have values until then."""
-    tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
-    if len({tensor.device.type for tensor in tensors}) < 2:
+    if len({tensor.is_meta for tensor in _tensors((*args, *kwargs.values()))}) < 2:
         return args, kwargs
     moved: tuple[Sequence[Any], Any] = tree_map_only(Tensor, lambda t: t.to("meta"), (_numbered(args), kwargs))
     return moved
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield an operation's operands; lists of them are the only nesting."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _numbered(args: Sequence[Any]) -> Sequence[Any]:
