@@ -297,6 +297,7 @@ ABSENT_BY_DEFAULT = {
     "block_layers",
     "template_options",
     "opening",
+    "estimate_reason",
 }
 # What makes no difference. PaliGemma's processor counts from nothing, and its ends are rendered here; some families
 # take features in either form, or none at all.
@@ -304,6 +305,8 @@ INDIFFERENT = {
     "layout": {"paligemma"},
     "closes_turn": {"paligemma"},
     "features_listed": {"paligemma", "qwen3_5", "llava_onevision", "idefics3", "smolvlm"},
+    # Its refusal is in tests/models/test_memory_sized.py.
+    "estimate_reason": {"gemma4"},
     # Said only where something is not so.
     "sharing_reason": {name for name, family in FAMILIES.items() if family.sharing},
     "cache_reason": {name for name, family in FAMILIES.items() if family.feature_cache},

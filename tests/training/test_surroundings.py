@@ -81,6 +81,28 @@ def test_another_loaders_signal_handler_is_taken_away(monkeypatch: pytest.Monkey
         signal.signal(signal.SIGCHLD, found)
 
 
+def test_a_batch_that_a_killed_process_would_have_handed_over_is_loaded_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+    from torch.utils.data import DataLoader
+
+    calm_worker_deaths()
+    loader: Any = DataLoader(torch.arange(6), batch_size=2, num_workers=1)
+    batches: Any = iter(loader)
+    deadline = time.monotonic() + 60
+    while batches._worker_result_queue.empty():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    batches._workers[0].kill()
+    batches._workers[0].join()
+    # As in the moment in which the process is gone and the system does not say so yet.
+    monkeypatch.setattr(batches._workers[0], "is_alive", lambda: True)
+    steady = SteadyBatches(batches, lambda given: iter(list(loader)[given:]))
+    assert [batch.tolist() for batch in (next(steady), next(steady), next(steady))] == [[0, 1], [2, 3], [4, 5]]
+    assert "a data loading process was killed" in caplog.text
+
+
 def test_processes_that_are_killed_again_and_again_stop_the_run() -> None:
     def dying() -> Iterator[int]:
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")

@@ -43,21 +43,20 @@ def changes(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> l
     """
     found = _fitting(estimator, settings, settings, size_gb)
     if settings.batch.size and settings.batch.images and not found:
-        sizes = [smaller(settings.batch.size, share) for share in PIXELS]
-        tried = [replace(settings, batch=replace(settings.batch, size=size)) for size in sizes]
         bits = 4 if estimator.quantisable else settings.bits
-        least = [replace(one, checkpointing=True, bits=bits) for one in tried]
-        # The smallest first: where it does not fit, none does.
-        if _one_fits(estimator, least[-1], size_gb):
-            fits = next(n for n, one in enumerate(least) if _one_fits(estimator, one, size_gb))
-            found = _fitting(estimator, settings, tried[fits], size_gb)
+        for share in PIXELS:
+            less = replace(settings, batch=replace(settings.batch, size=smaller(settings.batch.size, share)))
+            least = replace(less, checkpointing=True, bits=bits)
+            if _one_fits(estimator, least, size_gb) and (found := _fitting(estimator, settings, less, size_gb)):
+                break
     return sorted(found, key=lambda change: (change.slower, change.total))
 
 
 def _one_fits(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> bool:
     """Whether a step of one sample fits: where it does not, larger ones need no trace."""
     one = replace(settings, batch=replace(settings.batch, samples=1))
-    return estimator.estimate(one).total <= size_gb * GB * USABLE
+    several = replace(one, accumulation=settings.accumulation * settings.batch.samples)
+    return min(estimator.estimate(step).total for step in (one, several)) <= size_gb * GB * USABLE
 
 
 def _fitting(estimator: MemoryEstimator, old: Settings, settings: Settings, size_gb: float) -> list[Change]:

@@ -6,12 +6,14 @@ import inspect
 import logging
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.multiprocessing import reductions as torch_reductions
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling as torch_signals
 from transformers.trainer_utils import seed_worker
@@ -23,6 +25,8 @@ logger = logging.getLogger("vlmtune.training")
 
 # Of data loading processes, with no batch between one loss and the next.
 REPLACEMENTS = 3
+# What a loader may raise when one of its processes was killed.
+WORKER_ERRORS = (RuntimeError, OSError, EOFError)
 
 
 def batch_loader(
@@ -73,7 +77,7 @@ class SteadyBatches(Iterator[Any]):
                 # Starting a loader draws a random number; after a fault that must not change what follows.
                 with kept_random_state() if self.replaced else nullcontext():
                     batch = next(self.batches)
-            except RuntimeError as error:
+            except WORKER_ERRORS as error:
                 if not worker_died(error):
                     raise
                 self._replace(error)
@@ -81,7 +85,7 @@ class SteadyBatches(Iterator[Any]):
             self.given, self.replaced = self.given + 1, 0
             return batch
 
-    def _replace(self, error: RuntimeError) -> None:
+    def _replace(self, error: Exception) -> None:
         if self.replaced == REPLACEMENTS:
             raise TrainingError(
                 f"The processes that load data were killed {REPLACEMENTS + 1} times in a row ({error}). Most often the "
@@ -109,8 +113,13 @@ def kept_random_state() -> AbstractContextManager[None]:
 
 
 def worker_died(error: BaseException) -> bool:
-    """Whether PyTorch's loader says by ``error`` that one of its processes is gone."""
-    return "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by" in str(error))
+    """Whether ``error``, which came from PyTorch's loader, means that one of its processes is gone.
+
+    The loader says so, or a batch had come whose tensors only the process that made them could hand over.
+    """
+    said = "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed by" in str(error))
+    places = traceback.walk_tb(error.__traceback__)
+    return said or any(frame.f_globals.get("__name__") == torch_reductions.__name__ for frame, _ in places)
 
 
 class _Worker:

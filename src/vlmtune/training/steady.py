@@ -27,7 +27,14 @@ from transformers.trainer_utils import SaveStrategy
 from vlmtune.errors import NonFiniteError, ResumeError, StoppedBySignal, TrainingError
 from vlmtune.training.accumulation import GradientAccumulationManager
 from vlmtune.training.checkpoints import delete_old, latest_checkpoint, require_whole, step_of, writing_checkpoint
-from vlmtune.training.loaders import SteadyBatches, batches_from, calm_worker_deaths, kept_random_state, worker_died
+from vlmtune.training.loaders import (
+    WORKER_ERRORS,
+    SteadyBatches,
+    batches_from,
+    calm_worker_deaths,
+    kept_random_state,
+    worker_died,
+)
 from vlmtune.training.run_state import RunState
 from vlmtune.training.sharding import require_as_many_ranks
 from vlmtune.training.signals import StopNow, StopSignals
@@ -332,7 +339,7 @@ class SteadyTrainer(Trainer):
             try:
                 with kept_random_state():
                     return super()._evaluate(*args, **kwargs)
-            except RuntimeError as error:
+            except WORKER_ERRORS as error:
                 if not worker_died(error) or times == TIMES_AGAIN:
                     raise
                 logger.warning("a data loading process was killed; the evaluation is done again (%s)", error)
