@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_stand_in import shift_trainable
 
 from vlmtune import cli
 from vlmtune.config.merge import MergeArguments
@@ -43,11 +44,7 @@ def vlmtune(*arguments: object) -> int:
 def _adapter(base: Path, processor, folder: Path, *, size: float = 0.1, quantization=None, **options) -> Path:
     model = load_model_for_training(base, torch_dtype="float32", quantization_config=quantization)
     model = setup_lora(model, lora_r=4, **options)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+    shift_trainable(model, size)
     save_model_and_processor(model, processor, folder)
     return folder
 

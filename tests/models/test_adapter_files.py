@@ -11,6 +11,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_stand_in import shift_trainable
 
 from vlmtune.errors import AdapterError
 from vlmtune.models.checkpoint import attach_adapter
@@ -88,15 +89,6 @@ def _logits(model: nn.Module, pixels: bool = False) -> torch.Tensor:
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
 
 
-def _randomise(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
 def _rewrite(folder: Path, layout: list[tuple[str, str]], **settings: object) -> None:
     """Give a saved adapter the names of another version of transformers, and a tool's settings."""
     prefix = "base_model.model."
@@ -120,7 +112,7 @@ class TestOtherTools:
         place = record.parts["language"]
         base = _base(folder)
         names = linear_layers(base, place, record.lora_targets["language"])
-        model = _randomise(get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=sorted(names))))
+        model = shift_trainable(get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=sorted(names))))
         model.save_pretrained(tmp_path)
         old = [_old(name, layout) for name in names]
         targets = TOOLS[tool](_old(f"{place}.layers", layout).removesuffix(".layers"), old)
@@ -133,7 +125,7 @@ class TestOtherTools:
         """What ``target_modules=["q_proj", ...]`` adapts where the tower has layers of these names too."""
         folder, record, layout = family_dir(family), FAMILIES[family], LAYOUTS[family, version]
         ends = sorted({name for scope in ("language", "vision") for name in record.lora_targets[scope]})
-        model = _randomise(get_peft_model(_base(folder), LoraConfig(r=2, target_modules=ends)))
+        model = shift_trainable(get_peft_model(_base(folder), LoraConfig(r=2, target_modules=ends)))
         model.save_pretrained(tmp_path)
         _rewrite(tmp_path, layout)
         loaded = attach_adapter(_base(folder), tmp_path)
@@ -151,7 +143,7 @@ class TestOtherTools:
             "alpha_pattern": {f"{layer}.self_attn.q_proj": 40},
         }
         config = LoraConfig(r=2, lora_alpha=4, target_modules=rf"{layer}\.self_attn\.(q_proj|v_proj)", **patterns)
-        model = _randomise(get_peft_model(_base(folder), config))
+        model = shift_trainable(get_peft_model(_base(folder), config))
         model.save_pretrained(tmp_path)
         old = _old(layer, layout)
         moved = {option: {_old(key, layout): value for key, value in p.items()} for option, p in patterns.items()}
@@ -168,7 +160,9 @@ class TestOtherTools:
         projector = record.parts["projector"].rpartition(".")[2]
         targets = rf"{record.parts['language']}\..*\.(q_proj|v_proj)"
         model = _base(folder)
-        model = _randomise(get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=[projector])))
+        model = shift_trainable(
+            get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=[projector]))
+        )
         model.save_pretrained(tmp_path)
         old = _old(record.parts["language"] + ".layers", layout)
         _rewrite(tmp_path, layout, target_modules=rf"{old}\..*\.(q_proj|v_proj)")
@@ -181,7 +175,7 @@ class TestOtherTools:
         folder, layout = family_dir("llava"), LAYOUTS["llava", "4.50"]
         targets = r"model\.language_model\..*\.(q_proj|v_proj)"
         config = LoraConfig(r=2, target_modules=targets, modules_to_save=["multi_modal_projector"])
-        model = _randomise(get_peft_model(_base(folder), config))
+        model = shift_trainable(get_peft_model(_base(folder), config))
         model.save_pretrained(tmp_path / "adapter")
         _rewrite(tmp_path / "adapter", layout, target_modules=r"language_model\.model\..*\.(q_proj|v_proj)")
         (tmp_path / "merged").mkdir()
@@ -197,7 +191,9 @@ class TestOtherTools:
 
     def test_names_in_memory(self, family_dir, tmp_path) -> None:
         """As a state dict has them that was gathered from shards and saved by hand."""
-        model = _randomise(get_peft_model(_base(family_dir("llava")), LoraConfig(r=2, target_modules=["gate_proj"])))
+        model = shift_trainable(
+            get_peft_model(_base(family_dir("llava")), LoraConfig(r=2, target_modules=["gate_proj"]))
+        )
         model.save_pretrained(tmp_path)
         dumped = {
             re.sub(r"(lora_[AB])\.", r"\1.default.", name): t for name, t in load_file(tmp_path / WEIGHTS).items()
@@ -209,7 +205,7 @@ class TestOtherTools:
         folder = family_dir("llava")
         kind = {"use_dora": True, "use_rslora": True, "bias": "all"}
         targets = r"model\.vision_tower\.encoder\.layers\.0\..*\.(q_proj|fc1)"
-        model = _randomise(get_peft_model(_base(folder), LoraConfig(r=3, target_modules=targets, **kind)))
+        model = shift_trainable(get_peft_model(_base(folder), LoraConfig(r=3, target_modules=targets, **kind)))
         model.save_pretrained(tmp_path)
         old = targets.replace(r"model\.vision_tower", r"vision_tower\.vision_model")
         _rewrite(tmp_path, LLAVA_BEFORE_452, target_modules=old)
@@ -224,7 +220,7 @@ class TestRefused:
     @pytest.fixture
     def adapter(self, family_dir, tmp_path) -> Path:
         model = get_peft_model(_base(family_dir("llava")), LoraConfig(r=2, target_modules=["gate_proj", "up_proj"]))
-        _randomise(model).save_pretrained(tmp_path)
+        shift_trainable(model).save_pretrained(tmp_path)
         return tmp_path
 
     def test_of_another_family(self, adapter, family_dir) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_stand_in import shift_trainable
 
 from vlmtune.batching.collator import create_data_collator
 from vlmtune.data.sample import ImageRef, Message, Sample
@@ -69,16 +70,6 @@ def _logits(model: nn.Module, batch) -> torch.Tensor:
         return model.eval()(**batch).logits
 
 
-def _change_trainable(model: nn.Module) -> nn.Module:
-    """Stand in for training: shift every trainable weight."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
 def _change_file(file: Path, change) -> None:
     tensors = load_file(file)
     change(tensors)
@@ -88,7 +79,7 @@ def _change_file(file: Path, change) -> None:
 @pytest.fixture(scope="module")
 def trained(tiny_gemma3_dir, processor, tmp_path_factory) -> tuple[nn.Module, Path]:
     """An adapter on every part, changed and saved; treat both as read-only."""
-    model = _change_trainable(setup_lora(_base(tiny_gemma3_dir), lora_r=4, lora_scopes=EVERYWHERE))
+    model = shift_trainable(setup_lora(_base(tiny_gemma3_dir), lora_r=4, lora_scopes=EVERYWHERE))
     folder = tmp_path_factory.mktemp("adapter")
     save_model_and_processor(model, processor, folder)
     return model, folder
@@ -127,7 +118,7 @@ class TestAdapter:
         )
         base = _logits(_base(tiny_gemma3_dir), batch)
         for number, options in enumerate(kinds):
-            model = _change_trainable(setup_lora(_base(tiny_gemma3_dir), lora_r=2, **options))
+            model = shift_trainable(setup_lora(_base(tiny_gemma3_dir), lora_r=2, **options))
             save_model_and_processor(model, processor, tmp_path / str(number))
             loaded = attach_adapter(_base(tiny_gemma3_dir), tmp_path / str(number))
             assert torch.equal(_logits(loaded, batch), _logits(model, batch)), options
@@ -142,7 +133,7 @@ class TestAdapter:
             assert found == (wanted if trainable else set())
 
     def test_layout_of_an_earlier_transformers(self, tiny_gemma3_dir, processor, batch, tmp_path) -> None:
-        model = _change_trainable(setup_lora(_base(tiny_gemma3_dir), lora_r=4))
+        model = shift_trainable(setup_lora(_base(tiny_gemma3_dir), lora_r=4))
         save_model_and_processor(model, processor, tmp_path)
 
         def rename(tensors) -> None:
@@ -299,7 +290,7 @@ class TestFullModel:
 
     @pytest.fixture
     def tuned(self, tiny_gemma3_dir, processor, tmp_path) -> tuple[nn.Module, Path]:
-        model = _change_trainable(prepare_full_finetuning(_base(tiny_gemma3_dir), EVERYWHERE))
+        model = shift_trainable(prepare_full_finetuning(_base(tiny_gemma3_dir), EVERYWHERE))
         save_model_and_processor(model, processor, tmp_path / "full")
         return model, tmp_path / "full"
 
@@ -319,7 +310,7 @@ class TestFullModel:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_every_tensor_is_restored(self, dtype, tiny_gemma3_dir, processor, tmp_path) -> None:
         model = load_model_for_training(tiny_gemma3_dir, torch_dtype=dtype)
-        _change_trainable(prepare_full_finetuning(model, EVERYWHERE))
+        shift_trainable(prepare_full_finetuning(model, EVERYWHERE))
         save_model_and_processor(model, processor, tmp_path)
         other = load_model_for_training(tiny_gemma3_dir, torch_dtype=dtype)
         prepare_full_finetuning(other, ("projector",))

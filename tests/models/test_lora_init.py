@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from training_stand_in import shift_trainable
 
 from vlmtune.errors import AdapterError, ConfigError
 from vlmtune.models.checkpoint import attach_adapter, load_adapter, save_model_and_processor
@@ -42,15 +43,6 @@ def _logits(model: nn.Module) -> torch.Tensor:
     return model.train()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().detach()
 
 
-def _train(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    return model
-
-
 @pytest.fixture(scope="module")
 def folder(family_dir) -> Path:
     return family_dir("qwen2_5_vl")
@@ -79,7 +71,9 @@ class TestPissa:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_saved_adapter_is_plain(self, kind, folder, processor_of, tmp_path) -> None:
-        model = _train(setup_lora(_base(folder), lora_r=4, lora_init="pissa", lora_dropout=0, **KINDS[kind]))
+        model = shift_trainable(
+            setup_lora(_base(folder), lora_r=4, lora_init="pissa", lora_dropout=0, **KINDS[kind]), 0.02
+        )
         save_model_and_processor(model, processor_of, tmp_path)
         settings = json.loads((tmp_path / "adapter_config.json").read_text())
         assert settings["init_lora_weights"] is True and settings["r"] == 8
@@ -89,7 +83,7 @@ class TestPissa:
         assert not torch.allclose(_logits(model), _logits(_base(folder)), atol=1e-2)
 
     def test_a_run_goes_on_from_it(self, folder, processor_of, tmp_path) -> None:
-        model = _train(setup_lora(_base(folder), lora_r=4, lora_init="pissa", lora_dropout=0))
+        model = shift_trainable(setup_lora(_base(folder), lora_r=4, lora_init="pissa", lora_dropout=0), 0.02)
         save_model_and_processor(model, processor_of, tmp_path / "a")
         again = setup_lora(_base(folder), lora_r=4, lora_init="pissa", lora_dropout=0)
         load_adapter(again, tmp_path / "a")
@@ -101,7 +95,7 @@ class TestPissa:
 
     def test_and_where_the_decomposition_turned_out_otherwise(self, folder, processor_of, tmp_path) -> None:
         """On other hardware a start may differ; base and adapter together must not."""
-        model = _train(setup_lora(_base(folder), lora_r=4, lora_init="pissa", lora_dropout=0))
+        model = shift_trainable(setup_lora(_base(folder), lora_r=4, lora_init="pissa", lora_dropout=0), 0.02)
         save_model_and_processor(model, processor_of, tmp_path)
         other = _base(folder)
         with torch.no_grad():
@@ -159,7 +153,7 @@ class TestLoftq:
 
     def test_comes_back_on_four_bits_alone(self, folder, processor_of, tmp_path) -> None:
         pytest.importorskip("bitsandbytes")
-        model = _train(setup_lora(_base(folder, 4), lora_r=4, lora_init="loftq", lora_dropout=0))
+        model = shift_trainable(setup_lora(_base(folder, 4), lora_r=4, lora_init="loftq", lora_dropout=0), 0.02)
         save_model_and_processor(model, processor_of, tmp_path)
         assert torch.equal(_logits(attach_adapter(_base(folder, 4), tmp_path)), _logits(model))
         with pytest.raises(AdapterError, match=r"began with lora_init loftq.*in 4 bits \(use_4bit: true\)"):

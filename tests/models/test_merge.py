@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from training_stand_in import shift_trainable
 
 from vlmtune.batching.collator import create_data_collator
 from vlmtune.data.sample import ImageRef, Message, Sample
@@ -63,11 +64,7 @@ def _logits(model: nn.Module, batch) -> torch.Tensor:
 def _adapter(base: Path, processor, folder: Path, *, size: float = 0.1, **options) -> Path:
     """A saved adapter with every trainable weight shifted, in place of training."""
     model = setup_lora(_base(base), **({"lora_r": 4} | options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+    shift_trainable(model, size)
     save_model_and_processor(model, processor, folder)
     return folder
 

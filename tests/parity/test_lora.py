@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from training_stand_in import shift_trainable
 
 from vlmtune.batching.collator import BaseVLMDataCollator
 from vlmtune.data.sample import ImageRef, Message, Sample
@@ -83,11 +84,7 @@ def test_each_part_as_chosen(adapted, in_full, family, folder, collator, batch, 
             assert (entry["how"], entry["rank"], entry["alpha"]) == ("LoRA", *ranks[part])
         else:
             assert entry == {"how": "frozen"}, part
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    shift_trainable(model, 0.05)
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
         # A bias of the keys changes no softmax, and a picture of one tile leaves some positions unused.
