@@ -37,7 +37,7 @@ test-transformers: $(VENV)/.installed-dev $(OTHER)  ## prove the families on ano
 		tests/parity tests/models tests/invariants tests/batching $(ARGS)
 
 families: $(VENV)/.installed-dev  ## prove every family anew, and write what is supported to docs/families.md
-	$(TEST_ENV) $(BIN)/python -m pytest -m proves tests/parity/test_families.py tests/invariants/test_sharing.py \
+	$(TEST_ENV) $(BIN)/python -m pytest -m proves tests/parity/families tests/invariants/test_sharing.py \
 		--write-proofs src/vlmtune/models/families/proved.json
 	$(BIN)/python scripts/write_families.py
 

@@ -10,7 +10,7 @@ from vlmtune.models.overview import as_markdown
 INTRODUCTION = """# Families of models
 
 What vlmtune knows of each family of vision-language models, and what is proved for it by
-`tests/parity/test_families.py` and `tests/invariants/test_sharing.py`. The records are in
+`tests/parity/families` and `tests/invariants/test_sharing.py`. The records are in
 `src/vlmtune/models/families/`; `vlmtune families` prints the table. A family is chosen by the `model_type` of a
 model's `config.json`, never by its name.
 

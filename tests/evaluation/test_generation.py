@@ -8,126 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from evaluation.answers import LONG, NEW_TOKENS, texts
 
 from vlmtune.batching import encode
 from vlmtune.config import GenerationArguments
-from vlmtune.data.sample import ImageRef, Message, Sample
+from vlmtune.data.sample import Message
 from vlmtune.evaluation.generation import AnswerGenerator
 
-NEW_TOKENS = 10
 SHARE = pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-LONG = "red green blue black gray teal brown yellow circle rectangle triangle square dog cat man woman child"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_gemma3_dir: Path, processor):
-    """The tiny model in float64 with noise on its weights and a head of its own, so that its answers differ."""
-    from transformers import AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(tiny_gemma3_dir, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        # Tied to the embedding, the head would repeat the last token.
-        head = torch.randn(model.lm_head.weight.shape, generator=generator, dtype=torch.float64)
-        # Words only: no byte, which has no text of its own, and no control token.
-        head[: processor.tokenizer.convert_tokens_to_ids("<0xFF>") + 1] = 0
-        head[len(processor.tokenizer) :] = 0
-        model.lm_head.weight = torch.nn.Parameter(head)
-    return model.eval()
-
-
-@pytest.fixture
-def make(image_folder: Path):
-    """Make a sample of images (numbers), a question and an answer; earlier turns come before them."""
-
-    def make(images=(), question="What?", answer="red", *, system=None, earlier=(), name=None) -> Sample:
-        turns = [*earlier, (question, answer)]
-        messages = [Message.make("system", system)] if system else []
-        for number, (asked, said) in enumerate(turns):
-            messages.append(Message.make("user", asked, images=0 if number else len(images)))
-            messages.append(Message.make("assistant", said))
-        refs = tuple(ImageRef(path=str(image_folder / f"{image}.jpg")) for image in images)
-        return Sample(name or f"{images} {question}", refs, tuple(messages), references=(answer,))
-
-    return make
-
-
-@pytest.fixture
-def answering(model, processor):
-    def make(share: bool = True, **options) -> AnswerGenerator:
-        arguments = GenerationArguments(**{"max_new_tokens": NEW_TOKENS, "eval_batch_size": 3} | options)
-        return AnswerGenerator(model, processor, arguments, share=share)
-
-    return make
-
-
-@pytest.fixture
-def mixed(make) -> list[Sample]:
-    return [
-        make([0], "What color is the shape?"),
-        make([0], "Is there a dog?"),
-        make([], "What color is red?"),
-        make([1], "What color is the shape?"),
-        make([0], f"Describe this image. {LONG}?"),
-        make([2, 3], "Is there a dog or a cat?"),
-        make([3, 2], "Is there a dog or a cat?"),
-        make([], f"{LONG} {LONG}"),
-        make([1], "no?", earlier=[("Is there a dog?", "yes, a dog")]),
-        make([4, 4, 5], "What shape is present?"),
-        make([1], "Is there a dog?"),
-        make([0], "one?", system="Be brief."),
-    ]
-
-
-def own_words(model, processor, sample: Sample, count: int = NEW_TOKENS) -> str:
-    """The greedy answer with the processor's own inputs, one row, without any cache."""
-    pictures = iter([Image.open(ref.path).convert("RGB") for ref in sample.images])
-    conversation = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "image", "image": next(pictures)} if part.type == "image" else part.to_template()
-                for part in message.parts
-            ],
-        }
-        for message in sample.prompt
-    ]
-    inputs = dict(
-        processor.apply_chat_template(
-            conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-    )
-    inputs = {name: inputs[name] for name in ("input_ids", "token_type_ids", "pixel_values") if name in inputs}
-    start, ends = inputs["input_ids"].shape[1], {processor.tokenizer.eos_token_id}
-    ends.add(processor.tokenizer.convert_tokens_to_ids("<end_of_turn>"))
-    for _ in range(count):
-        with torch.no_grad():
-            token = model(**inputs, use_cache=False).logits[0, -1].argmax()
-        if token.item() in ends:
-            break
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], token.view(1, 1)], dim=1)
-        inputs["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (0, 1))
-    return processor.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True).strip()
-
-
-def texts(answers) -> list[str]:
-    return [answer.text for answer in answers]
-
-
-@pytest.fixture(scope="module")
-def oracle(model, processor):
-    known: dict[object, str] = {}
-
-    def answer(sample: Sample) -> str:
-        key = (sample.images, sample.prompt)
-        if key not in known:
-            known[key] = own_words(model, processor, sample)
-        return known[key]
-
-    return answer
 
 
 @SHARE

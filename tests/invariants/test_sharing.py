@@ -16,7 +16,8 @@ from unittest import mock
 
 import pytest
 import torch
-from families.builders import GEMMA4_TEMPLATE, VARIANTS
+from families.builders import VARIANTS
+from families.gemma import GEMMA4_TEMPLATE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -133,7 +133,7 @@ def test_all_linear_is_the_language_models(family, folder) -> None:
     assert adapted and all(name.startswith(place) for name in adapted)
 
 
-# In 4 bits, tests/parity/test_families.py counts them too.
+# In 4 bits, tests/parity/families counts them too.
 @pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_nothing_quantised_outside_the_language_model(bits, family, folder, batch) -> None:
     pytest.importorskip("bitsandbytes")

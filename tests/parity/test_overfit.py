@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_helpers import vlmtune
+from command_line import vlmtune
 from transformers import AutoModelForImageTextToText
 
 from vlmtune.models.families import FAMILIES

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families.builders import VARIANTS
-from parity.test_families import forward
+from parity.conversations import forward
 from safetensors import safe_open
 from transformers import TrainerCallback, set_seed
 

@@ -14,7 +14,10 @@ from families.builders import VARIANTS
 from invariants import test_sharing as sharing
 from models import test_boxes as boxes
 from models import test_families as records
-from parity import test_families as suite
+from parity.families import test_logits as logits
+from parity.families import test_saving as saving
+from parity.families import test_tokens as tokens
+from parity.families import test_training as training
 
 from vlmtune.batching.collator import BaseVLMDataCollator
 from vlmtune.batching.encode import Encoder
@@ -78,79 +81,81 @@ class Check:
 
     def ids(self) -> None:
         args = (self.checkpoint, self.family, self.encoder, self.processor, self.image_folder)
-        suite.TestTokens().test_ids_are_the_processors("one image", *args)
+        tokens.TestTokens().test_ids_are_the_processors("one image", *args)
 
     def supervised(self) -> None:
         args = (self.checkpoint, self.family, self.encoder, self.processor, self.image_folder)
-        suite.TestTokens().test_answers_and_their_ends_are_supervised("one image", *args)
+        tokens.TestTokens().test_answers_and_their_ends_are_supervised("one image", *args)
 
     def bos(self) -> None:
-        suite.TestTokens().test_one_bos_where_the_family_has_it(
+        tokens.TestTokens().test_one_bos_where_the_family_has_it(
             self.family, self.encoder, self.processor, self.image_folder
         )
 
     def stops(self) -> None:
-        suite.TestTokens().test_generation_stops_where_the_published_model_does(
+        tokens.TestTokens().test_generation_stops_where_the_published_model_does(
             self.family, self.encoder, self.ours, self.processor
         )
 
     def image_token(self) -> None:
-        suite.TestTokens().test_image_token_is_the_models(self.family, self.ours, self.processor)
+        tokens.TestTokens().test_image_token_is_the_models(self.family, self.ours, self.processor)
 
     def soft_tokens(self) -> None:
-        suite.TestTokens().test_soft_tokens_are_the_features(
+        tokens.TestTokens().test_soft_tokens_are_the_features(
             (31, 47), self.family, self.encoder, self.ours, self.tmp_path
         )
 
     def resolution(self) -> None:
-        suite.TestTokens().test_resolution_counts_only_where_the_record_says_so(
+        tokens.TestTokens().test_resolution_counts_only_where_the_record_says_so(
             self.family, self.encoder, self.tmp_path
         )
 
     def given(self) -> None:
         for name in ("one image", "three images"):
             args = (self.checkpoint, self.family, self.collator, self.processor, self.image_folder)
-            suite.TestTokens().test_the_model_is_given_what_the_processor_gives(name, *args)
+            tokens.TestTokens().test_the_model_is_given_what_the_processor_gives(name, *args)
 
     def positions(self) -> None:
         args = (self.checkpoint, self.family, self.encoder, self.ours, self.processor, self.image_folder)
-        suite.TestTokens().test_positions_are_the_models("one image", *args)
+        tokens.TestTokens().test_positions_are_the_models("one image", *args)
 
     def logits(self) -> None:
         for name in ("one image", "three images"):
             args = (self.checkpoint, self.family, self.ours, plain(self.folder), self.collator, self.image_folder)
-            suite.TestLogits().test_single(name, *args)
+            logits.TestLogits().test_single(name, *args)
 
     def attention(self) -> None:
-        suite.TestLogits().test_attention_is_as_the_record_says(
+        logits.TestLogits().test_attention_is_as_the_record_says(
             self.family, self.ours, self.collator, self.image_folder
         )
 
     def parts(self) -> None:
-        suite.TestTraining().test_parts_cover_every_parameter(self.family, self.ours)
+        training.TestTraining().test_parts_cover_every_parameter(self.family, self.ours)
 
     def targets(self) -> None:
         for scope in SCOPES:
-            suite.TestTraining().test_lora_targets_are_all_linear_layers(scope, self.checkpoint, self.family, self.ours)
+            training.TestTraining().test_lora_targets_are_all_linear_layers(
+                scope, self.checkpoint, self.family, self.ours
+            )
 
     def layers(self) -> None:
-        suite.TestTraining().test_layers_are_the_lists_of_a_part(self.family, self.ours)
+        training.TestTraining().test_layers_are_the_lists_of_a_part(self.family, self.ours)
 
     def in_full(self) -> None:
-        suite.TestTraining().test_parts_in_full(SCOPES, self.family, self.folder, self.collator, self.image_folder)
+        training.TestTraining().test_parts_in_full(SCOPES, self.family, self.folder, self.collator, self.image_folder)
 
     def loss(self) -> None:
-        suite.TestTraining().test_supervised_loss_is_the_dense_one(
+        training.TestTraining().test_supervised_loss_is_the_dense_one(
             self.checkpoint, self.family, self.folder, self.collator, self.image_folder
         )
 
     def four_bit(self) -> None:
-        suite.TestTraining().test_four_bit_only_in_the_language_model(
+        training.TestTraining().test_four_bit_only_in_the_language_model(
             self.family, self.folder, self.collator, self.image_folder
         )
 
     def generation(self) -> None:
-        suite.TestSavingAndGeneration().test_answers_shared_separate_and_alone(
+        saving.TestSavingAndGeneration().test_answers_shared_separate_and_alone(
             self.checkpoint, self.family, self.ours, self.processor, self.image_folder
         )
 

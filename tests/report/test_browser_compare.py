@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chromium import Page
+from command_line import vlmtune
 from PIL import Image
-from test_cli_report import vlmtune
 
 from vlmtune.evaluation.answering import Prediction
 

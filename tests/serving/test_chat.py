@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from serving_helpers import vlmtune
+from command_line import vlmtune
 
 from vlmtune.config import GenerationArguments
 from vlmtune.demo.run import model_folder

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
-from serving_helpers import vlmtune
+from command_line import vlmtune
 
 from vlmtune.config import GenerationArguments
 from vlmtune.demo.run import model_folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_helpers import vlmtune
+from command_line import vlmtune
 
 from vlmtune.config import AdapterArguments, BaseModelArguments, GenerationArguments, QuantizationArguments
 from vlmtune.config.serving import ServeArguments

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vlmtune.batching.collator import SharedImageCollator
 from vlmtune.config import ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
@@ -179,3 +180,14 @@ def finished_run(run_arguments, eval_folder: Path, tmp_path_factory: pytest.Temp
             logger.removeHandler(handler)
             logger.setLevel(level)
     return SimpleNamespace(result=result, trainer=trainers[0], folder=output_dir, arguments=arguments, messages=records)
+
+
+@pytest.fixture
+def same_trainer(make_trainer, fresh_model) -> Any:
+    """Make trainers that begin with the same adapters."""
+
+    def make(*, dropout: float = 0.2, **options: Any) -> MemoryEfficientTrainer:
+        torch.manual_seed(0)
+        return make_trainer(model=fresh_model(lora_dropout=dropout), **options)
+
+    return make

@@ -1,4 +1,4 @@
-"""A whole run: what it refuses, what it writes, and what its record says."""
+"""A whole run: what it writes, what its record says, how it goes on, and which images it computes once."""
 
 from __future__ import annotations
 
@@ -10,39 +10,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.run_files import contents, log, record
 from transformers import AutoProcessor
 
 from vlmtune.batching.collator import SharedImageCollator, create_data_collator
 from vlmtune.data.fingerprint import fingerprint
 from vlmtune.data.loading import load_samples
-from vlmtune.errors import ConfigError, ModelError, NonFiniteError, OutputError, QuarantineError, ResumeError
+from vlmtune.errors import ConfigError, ModelError, NonFiniteError
 from vlmtune.evaluation.card import CARD, leave_card
 from vlmtune.models.families import FAMILIES
 from vlmtune.models.loading import load_model_for_inference
 from vlmtune.models.provenance import versions
 from vlmtune.models.sizing import count_parameters
 from vlmtune.training.callbacks import TowerAside
-from vlmtune.training.checkpoints import seal
 from vlmtune.training.image_reuse import shares_images
-from vlmtune.training.output_dir import Start, find_start
 from vlmtune.training.run import run_training
-from vlmtune.training.run_info import save_training_info
 from vlmtune.training.trainer import MemoryEfficientTrainer
-
-
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-# -- what a finished run leaves ---------------------------------------------------------------------------
 
 
 def test_result(finished_run) -> None:
@@ -150,108 +133,6 @@ def test_the_saved_adapter_is_the_trained_one(finished_run, rows) -> None:
     with torch.no_grad():
         trained = finished_run.trainer.model.eval()(**inputs).logits
         torch.testing.assert_close(reloaded(**inputs).logits, trained, rtol=0, atol=0)
-
-
-# -- the output directory ---------------------------------------------------------------------------------
-
-
-def test_another_run_is_not_overwritten(finished_run, run_arguments, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run.folder, folder)
-    before = contents(folder)
-    with pytest.raises(OutputError, match="already holds a finished run"):
-        run_training(*run_arguments(folder))
-    with pytest.raises(OutputError, match=r"already holds another run, .*--resume"):
-        run_training(*run_arguments(folder, resume="off"))
-    assert contents(folder) == before
-
-
-def test_other_files_are_not_overwritten(run_arguments, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(OutputError, match="already holds other files"):
-        run_training(*run_arguments(tmp_path))
-    assert contents(tmp_path) == {"letter.txt": b"dear"}
-
-
-def test_a_model_of_another_family_than_named(run_arguments, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="model_type is llava, but the model is of the family gemma3"):
-        run_training(*run_arguments(tmp_path, model_type="llava"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_resume_without_a_checkpoint(run_arguments, tmp_path: Path) -> None:
-    with pytest.raises(ResumeError, match="no finished checkpoint"):
-        run_training(*run_arguments(tmp_path, resume_from_checkpoint="true"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("resume", [None, False, "", "false", "off", "auto"])
-def test_a_new_directory(resume, tmp_path: Path) -> None:
-    assert find_start(tmp_path / "a" / "b", resume=resume) == Start()
-    assert (tmp_path / "a" / "b").is_dir()
-    assert find_start(tmp_path / "a" / "b", resume=resume) == Start()
-
-
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot be made"):
-        find_start(tmp_path / "file" / "run")
-    with pytest.raises(OutputError, match="cannot be made"):
-        find_start(tmp_path / "file")
-
-
-def finished_checkpoint(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "trainer_state.json").touch()
-    seal(folder)
-    return folder
-
-
-@pytest.mark.parametrize("resume", [True, "true", "on", "auto"])
-def test_the_latest_checkpoint_is_found(resume, tmp_path: Path) -> None:
-    save_training_info(tmp_path, status="training")
-    for step in (2, 10, 9):
-        finished_checkpoint(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-11").mkdir()
-    finished_checkpoint(tmp_path / "checkpoint-best")
-    assert find_start(tmp_path, resume=resume).checkpoint == tmp_path / "checkpoint-10"
-
-
-def test_a_named_checkpoint(tmp_path: Path) -> None:
-    own = finished_checkpoint(tmp_path / "run" / "checkpoint-2")
-    assert find_start(tmp_path / "run", resume=str(own)) == Start(own)
-    with pytest.raises(ResumeError, match="not written to its end"):
-        find_start(tmp_path / "run", resume=str(tmp_path))
-
-
-def test_going_on_elsewhere(tmp_path: Path) -> None:
-    """Another run's checkpoint may be continued in a new directory, but not over a third run."""
-    other = finished_checkpoint(tmp_path / "other" / "checkpoint-2")
-    assert find_start(tmp_path / "new", resume=str(other)) == Start(other)
-    assert (tmp_path / "new").is_dir()
-    finished_checkpoint(tmp_path / "third" / "checkpoint-1")
-    with pytest.raises(OutputError, match="already holds"):
-        find_start(tmp_path / "third", resume=str(other))
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"model_name_or_path": "/no/such/model"}, ModelError),
-        ({"max_bad_fraction": 0.0}, QuarantineError),
-        ({"lora_target_modules": ["no_such_layer"]}, ConfigError),
-        ({"cache_image_features": "on", "lora_scopes": ["language", "vision"]}, ConfigError),
-        ({"cache_image_features": "on", "use_lora": False}, ConfigError),
-    ],
-)
-def test_a_run_that_cannot_begin_leaves_nothing(options, error, run_arguments, tmp_path: Path) -> None:
-    """Else the corrected run would be refused: its directory would not be empty."""
-    with pytest.raises(error):
-        run_training(*run_arguments(tmp_path / "run", **options))
-    assert not list((tmp_path / "run").iterdir())
-
-
-# -- going on ---------------------------------------------------------------------------------------------
 
 
 def test_parts_with_ranks_and_rates_of_their_own(run_arguments, tmp_path: Path, caplog) -> None:

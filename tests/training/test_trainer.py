@@ -1,9 +1,7 @@
-"""The trainer stops on what is not finite, saves and loads whole checkpoints, and reports what it did."""
+"""The trainer evaluates by tokens, and reports what it did."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,257 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoProcessor, TrainerCallback
+from training.steps import (
+    Before,
+    Recorded,
+    plant_in_weights,
+)
 
 from vlmtune.batching.collator import BaseVLMDataCollator, SharedImageCollator, create_data_collator
 from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.config import TrainingArguments
-from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
+from vlmtune.errors import NonFiniteError, TrainingError
 from vlmtune.training import throughput as throughput_module
 from vlmtune.training import trainer as trainer_module
-from vlmtune.training.checkpoints import latest_checkpoint, seal
 from vlmtune.training.trainer import create_trainer
-
-
-class Before(TrainerCallback):
-    """Does something before one step, and keeps the weights as they then are."""
-
-    def __init__(self, step: int, action) -> None:
-        self.step, self.action = step, action
-        self.weights: dict[str, torch.Tensor] = {}
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step + 1 == self.step:
-            self.action(model)
-            self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def assert_unchanged(self, model) -> None:
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter, self.weights[name], rtol=0, atol=0, equal_nan=True)
-
-
-def some_parameter(model) -> nn.Parameter:
-    return next(p for p in model.parameters() if p.requires_grad)
-
-
-def plant_in_weights(model) -> None:
-    with torch.no_grad():
-        some_parameter(model).view(-1)[0] = torch.nan
-
-
-def plant_in_gradient(model) -> None:
-    some_parameter(model).register_hook(lambda gradient: gradient * torch.nan)
-
-
-class Recorded(SharedImageCollator):
-    """Keeps the ids of every batch it made."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.ids: list[list[str]] = []
-
-    def __call__(self, rows):
-        batch = super().__call__(rows)
-        self.ids.append(batch["sample_ids"])
-        return batch
-
-
-# -- what is not finite -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "action", "what", "max_grad_norm"),
-    [
-        ("lora", plant_in_weights, "loss", 1.0),
-        ("full", plant_in_weights, "loss", 0.0),
-        ("lora", plant_in_gradient, "gradient norm", 0.0),
-        ("full", plant_in_gradient, "gradient norm", 1.0),
-    ],
-)
-def test_a_planted_nan_stops_the_run(kind, action, what, max_grad_norm, make_trainer, processor, tmp_path) -> None:
-    planted, collator = Before(3, action), Recorded(processor, "gemma3")
-    trainer = make_trainer(
-        kind,
-        callbacks=[planted],
-        data_collator=collator,
-        max_grad_norm=max_grad_norm,
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=1,
-    )
-    with pytest.raises(NonFiniteError, match=rf"The {what} became nan in step 3, with the samples") as caught:
-        trainer.train()
-    assert len(collator.ids[2]) == 2
-    assert all(repr(name) in str(caught.value) for name in collator.ids[2])
-    assert f"{tmp_path / 'run' / 'checkpoint-2'}." in str(caught.value)
-    planted.assert_unchanged(trainer.model)
-    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-
-    again = make_trainer(kind)
-    again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
-    assert again.state.global_step == 4
-    assert all(bool(p.isfinite().all()) for p in again.model.parameters())
-
-
-def test_a_nan_before_any_checkpoint(make_trainer) -> None:
-    with pytest.raises(NonFiniteError, match=r"step 1, .*No checkpoint had been written yet"):
-        make_trainer(callbacks=[Before(1, plant_in_weights)]).train()
-
-
-def test_an_infinite_loss_stops_too(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer()
-    forward = trainer.model.forward
-    monkeypatch.setattr(trainer.model, "forward", lambda **inputs: {"loss": forward(**inputs)["loss"] * torch.inf})
-    with pytest.raises(NonFiniteError, match="The loss became inf"):
-        trainer.train()
-
-
-def test_the_one_bad_sample_is_named(make_trainer, processor) -> None:
-    class OneBad(BaseVLMDataCollator):
-        def __call__(self, rows):
-            batch = super().__call__(rows)
-            if "1#2" in batch["sample_ids"]:
-                batch["pixel_values"] = batch["pixel_values"] * torch.nan
-            return batch
-
-    trainer = make_trainer(
-        data_collator=OneBad(processor, "gemma3"), per_device_train_batch_size=1, gradient_accumulation_steps=5
-    )
-    with pytest.raises(NonFiniteError, match=r"with the samples '1#2'\."):
-        trainer.train()
-
-
-def test_many_samples_are_counted(make_trainer) -> None:
-    trainer = make_trainer(callbacks=[Before(1, plant_in_gradient)], per_device_train_batch_size=10)
-    with pytest.raises(NonFiniteError, match="and 2 more"):
-        trainer.train()
-
-
-def test_a_nan_in_evaluation_stops(make_trainer, rows) -> None:
-    trainer = make_trainer(eval_dataset=rows)
-    plant_in_weights(trainer.model)
-    with pytest.raises(NonFiniteError, match="loss became nan"):
-        trainer.evaluate()
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------
-
-OWN_FILES = {"trainer_state.json", "training_args.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_every_checkpoint_is_whole(kind, make_trainer, processor, rows, tmp_path: Path) -> None:
-    trainer = make_trainer(kind, max_steps=2, save_strategy="steps", save_steps=1, hub_token="hf_planted_secret")
-    trainer.train()
-    expected = create_data_collator(processor, "gemma3")(rows)
-    for step in (1, 2):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        names = {path.name for path in folder.iterdir()}
-        assert names >= OWN_FILES | {"chat_template.jinja", "tokenizer.json", "processor_config.json"}
-        assert ("adapter_model.safetensors" in names) == (kind == "lora")
-        assert ("model.safetensors" in names) == (kind == "full")
-        # What is pickled is the base class's and holds tensors and numbers; arguments are JSON.
-        assert {path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")} == {
-            "optimizer.pt",
-            "scheduler.pt",
-            "rng_state.pth",
-        }
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(folder / name, weights_only=True)
-        arguments = (folder / "training_args.json").read_text()
-        assert json.loads(arguments)["max_steps"] == 2
-        assert "hf_planted_secret" not in arguments
-        own = create_data_collator(AutoProcessor.from_pretrained(folder), "gemma3")(rows)
-        assert expected.keys() == own.keys()
-        assert all(torch.equal(expected[name], own[name]) for name in expected)
-
-
-def test_save_model_writes_the_processor(make_trainer, tmp_path: Path) -> None:
-    make_trainer().save_model(str(tmp_path / "saved"))
-    assert (tmp_path / "saved" / "chat_template.jinja").exists()
-    assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
-    assert not (tmp_path / "saved" / "training_args.bin").exists()
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tiny_gemma3_dir, processor, rows, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of one step of an adapter and one of full weights; treat as read-only."""
-    from vlmtune.models.loading import load_model_for_training
-    from vlmtune.models.lora import prepare_full_finetuning, setup_lora
-
-    found = {}
-    for kind in ("lora", "full"):
-        model = load_model_for_training(tiny_gemma3_dir, torch_dtype="float32")
-        folder = tmp_path_factory.mktemp(kind)
-        create_trainer(
-            model=setup_lora(model, lora_r=4) if kind == "lora" else prepare_full_finetuning(model),
-            args=TrainingArguments(
-                output_dir=str(folder), use_cpu=True, disable_tqdm=True, max_steps=1, save_steps=1, logging_steps=1
-            ),
-            train_dataset=rows,
-            data_collator=SharedImageCollator(processor, "gemma3"),
-        ).train()
-        found[kind] = folder / "checkpoint-1"
-    return found
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_resuming_from_the_other_kind_is_refused(kind, make_trainer, checkpoints) -> None:
-    other, holds, trains = (
-        ("full", "full weights", "an adapter") if kind == "lora" else ("lora", "an adapter", "full weights")
-    )
-    with pytest.raises(ResumeError, match=f"holds {holds}, but this run trains {trains}"):
-        make_trainer(kind).train(resume_from_checkpoint=str(checkpoints[other]))
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_resuming_from_no_checkpoint_is_refused(kind, make_trainer, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "nothing", tmp_path / "empty"):
-        trainer = make_trainer(kind)
-        with pytest.raises(ResumeError, match=str(folder)):
-            trainer.train(resume_from_checkpoint=str(folder))
-        assert trainer.state.global_step == 0
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("absent", ["trainer_state.json", "optimizer.pt", "scheduler.pt"])
-def test_resuming_from_half_a_checkpoint_is_refused(kind, absent, make_trainer, checkpoints, tmp_path: Path) -> None:
-    """The base class would go on with a new optimizer and say nothing."""
-    shutil.copytree(checkpoints[kind], tmp_path / "copy")
-    (tmp_path / "copy" / absent).unlink()
-    with pytest.raises(ResumeError, match=absent):
-        make_trainer(kind).train(resume_from_checkpoint=str(tmp_path / "copy"))
-
-
-def test_resume_true_takes_the_last_finished_checkpoint(make_trainer, checkpoints, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with pytest.raises(ResumeError, match="no finished checkpoint"):
-        make_trainer().train(resume_from_checkpoint=True)
-    shutil.copytree(checkpoints["lora"], run / "checkpoint-1")
-    (run / "checkpoint-3").mkdir()
-    trainer = make_trainer(max_steps=2)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 2
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
-
-
-def test_latest_checkpoint(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    assert latest_checkpoint(tmp_path / "absent") is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
-        (tmp_path / name).mkdir()
-        seal(tmp_path / name)
-    (tmp_path / "checkpoint-11").mkdir()
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_no_best_checkpoint(make_trainer) -> None:
-    with pytest.raises(TrainingError, match="no best checkpoint"):
-        make_trainer()._load_best_model()
-
-
-# -- evaluation -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("collator", [SharedImageCollator, BaseVLMDataCollator])

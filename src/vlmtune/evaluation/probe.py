@@ -1,6 +1,6 @@
 """Checks of a model whose family vlmtune does not know, made on the loaded checkpoint before it is used.
 
-They are those of the parity suite (``tests/parity/test_families.py``) that can be made on any checkpoint.
+They are those of the parity suite (``tests/parity/families``) that can be made on any checkpoint.
 """
 
 from __future__ import annotations

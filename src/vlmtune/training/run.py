@@ -12,18 +12,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback
 
-from vlmtune.batching.collator import BaseVLMDataCollator, SharedImageCollator
-from vlmtune.batching.sampler import ImageGroupSampler
-from vlmtune.batching.scan import Scan, scan
-from vlmtune.batching.sharing import describe_saving
+from vlmtune.batching.collator import SharedImageCollator
 from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
 from vlmtune.config.secrets import redact
-from vlmtune.data.loading import LoadedData, load_train_and_eval
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation.card import leave_card
 from vlmtune.evaluation.defaults import default_metrics
 from vlmtune.models.families import get_family
-from vlmtune.models.features import FeatureCache
+from vlmtune.models.family import Family
 from vlmtune.models.loading import load_config, load_model_for_training, load_processor, require_dtype
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
 from vlmtune.models.provenance import base_fingerprint, base_model
@@ -33,21 +29,17 @@ from vlmtune.models.sizing import count_parameters, format_parameter_table
 from vlmtune.training.answer_scores import AnswerScorer, choose_best_by
 from vlmtune.training.callbacks import LogFile, TowerAside, write_log
 from vlmtune.training.checkpoints import step_of, writing_files
-from vlmtune.training.data_record import describe_data, quarantined, record_left_out
+from vlmtune.training.data_record import record_left_out
 from vlmtune.training.device_batch import DeviceBatch
 from vlmtune.training.environment import setup_training_environment
-from vlmtune.training.image_reuse import (
-    Progress,
-    check_row_limits,
-    shares_images,
-    with_image_keys,
-)
+from vlmtune.training.image_reuse import Progress
 from vlmtune.training.lock import only_run
 from vlmtune.training.output_dir import FINISHED, Start, find_start
 from vlmtune.training.parameter_groups import as_text, record, require_trained
 from vlmtune.training.probe import require_trainable
 from vlmtune.training.ranks import fill_between_ranks
 from vlmtune.training.resume import data_differences, interruptions, note_versions, recipe_differences, require_same
+from vlmtune.training.run_data import RunData, load_run_data
 from vlmtune.training.run_info import plain, save_training_info
 from vlmtune.training.sharding import check_strategy
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
@@ -110,9 +102,10 @@ def _run(
     output_dir: Path,
     progress: Progress | None,
 ) -> RunResult:
-    writes = training_args.should_save
     check_strategy(training_args, model_args)
     arguments = {"model": model_args, "data": data_args, "training": training_args}
+    # As they were given: what follows adapts some of them.
+    given = {name: plain(value) for name, value in arguments.items()}
     samples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps
     samples_per_step *= training_args.world_size
     start = _find_start(output_dir, training_args)
@@ -121,99 +114,30 @@ def _run(
         changes = recipe_differences(start.before, arguments, samples_per_step)
         require_same(changes, output_dir, force=training_args.force_resume)
         note_versions(start.before)
-    # As they were given: what follows adapts some of them.
-    given = {name: plain(value) for name, value in arguments.items()}
     setup_training_environment(training_args.seed)
 
-    origin: dict[str, Any] = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
-    config = load_config(model_args.model_name_or_path, **origin)
-    family = get_family(config, model_args.model_type)
-    require_dtype(family, get_torch_dtype(model_args.torch_dtype))
-    if training_args.fp16:
-        require_dtype(family, torch.float16)
-    require_trained(model_args, training_args)
-    processor = load_processor(model_args.model_name_or_path, **origin)
-    train_data, eval_data = load_train_and_eval(data_args)
-    share = shares_images(family, data_args.share_images, model_args.attn_implementation)
-    limits = {"max_texts_per_row": data_args.max_texts_per_row, "max_tokens_per_row": data_args.max_tokens_per_row}
-    collator_class: Any = SharedImageCollator if share else BaseVLMDataCollator
-    collator: BaseVLMDataCollator = collator_class(
-        processor,
-        family,
-        max_length=data_args.max_length,
-        on_too_long=data_args.on_too_long,
-        max_pixels=data_args.max_pixels,
-        image_timeout=data_args.image_timeout,
-        **(limits if share else {}),
-    )
-    train_set, train_scan = _usable(train_data, collator, data_args, "training")
-    eval_set, eval_scan = _usable(eval_data, collator, data_args, "evaluation") if eval_data else (None, None)
-    if share:
-        train_set = _with_keys(train_set, train_scan, data_args)
-        eval_set = with_image_keys(eval_set) if eval_set is not None else None
-    scorer = _answer_scorer(eval_data, eval_set, processor, data_args, training_args, evaluation_args)
+    family, processor = _family_and_processor(model_args, training_args)
+    data = load_run_data(data_args, family, processor, model_args.attn_implementation)
+    scorer = _answer_scorer(data, processor, training_args, evaluation_args)
     choose_best_by(training_args, list(scorer.metrics) if scorer else [])
-    patience = training_args.early_stopping_patience
-    left_out = [*quarantined(train_data), *train_scan.left_out]
-    if eval_data is not None and eval_scan is not None:
-        left_out = list(dict.fromkeys([*left_out, *quarantined(eval_data), *eval_scan.left_out]))
 
-    model = load_model_for_training(
-        model_args.model_name_or_path,
-        quantization_config=quantization_of(model_args, model_args.torch_dtype, sharded=bool(training_args.fsdp)),
-        torch_dtype=model_args.torch_dtype,
-        attn_implementation=model_args.attn_implementation,
-        **origin,
-    )
-    if model_args.use_lora:
-        model = setup_lora(model, **vars(model_args))
-    else:
-        model = prepare_full_finetuning(model, parts=model_args.train_parts)
-    if model_args.use_lora and (unserved := training_limits(vars(model_args))):
-        logger.warning(
-            "%s do not apply %s of an adapter: merge it by vlmtune merge before it is served there",
-            SERVERS,
-            " and ".join(unserved),
-        )
-    parameters, parts = count_parameters(model), record(model, training_args)
-    model_record = {
-        "name": model_args.model_name_or_path,
-        "family": family.name,
-        "parameters": parameters,
-        "parts": parts,
-        "fingerprint": base_fingerprint(model),
-    }
-    data_record = describe_data(train_data, train_scan, eval_data, eval_scan)
+    model = _trainable_model(model_args, training_args)
+    model_record, data_record = _describe_model(model, family, model_args, training_args), data.record()
     if start.before is not None:
         found = data_differences(start.before, data_record, model_record)
         require_same(found, output_dir, force=training_args.force_resume)
         changes += found
-    logger.info("trainable parameters:\n%s\n%s", format_parameter_table(parameters), as_text(parts))
-    trainer = create_trainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=collator,
-        processor=processor,
-        train_sampler=_sampler(train_set, train_scan, data_args, training_args),
-        eval_sampler=_sampler(eval_set, eval_scan, data_args, training_args, train=False) if eval_scan else None,
-        answer_scorer=scorer,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-    )
+    table, parts = format_parameter_table(model_record["parameters"]), as_text(model_record["parts"])
+    logger.info("trainable parameters:\n%s\n%s", table, parts)
+    trainer = _trainer(model, data, processor, scorer, training_args)
     require_trainable(trainer.model, processor, family)
-    if isinstance(collator, SharedImageCollator):
-        sets = [dataset for dataset in (train_set, eval_set) if dataset is not None]
-        collator.cache = _feature_cache(trainer, collator, data_args, sets, progress)
+    _use_cached_features(trainer, data, progress)
     if training_args.device_batch_size == "auto":
-        DeviceBatch(
-            trainer, lambda: _sampler(train_set, train_scan, data_args, training_args), train_scan, model_args
-        ).choose()
+        DeviceBatch(trainer, lambda: data.train_sampler(training_args), data.train_scan, model_args).choose()
+
+    left_out = data.left_out()
     # Written last, so that a run that cannot begin leaves an empty directory and can be started again.
-    if writes:
+    if training_args.should_save:
         record_left_out(output_dir, left_out)
         step = step_of(start.checkpoint) if start.checkpoint else 0
         save_training_info(
@@ -228,82 +152,6 @@ def _run(
     return _train_and_save(trainer, output_dir, start.checkpoint, left_out)
 
 
-def _with_keys(dataset: Any, found: Scan, data_args: VLMDataArguments) -> Any:
-    dataset = with_image_keys(dataset)
-    measured = dataset.with_format("arrow")[:]["image_key"], found.lengths, found.image_tokens
-    logger.info("sharing images: %s", describe_saving(*measured))
-    check_row_limits(*measured, max_texts=data_args.max_texts_per_row, max_tokens=data_args.max_tokens_per_row)
-    return dataset
-
-
-def _sampler(
-    dataset: Any, found: Scan, data_args: VLMDataArguments, args: TrainingArguments, *, train: bool = True
-) -> ImageGroupSampler:
-    size = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
-    shared = "image_key" in dataset.column_names
-    return ImageGroupSampler(
-        dataset.with_format("arrow")[:]["image_key"] if shared else [""] * len(dataset),
-        found.lengths,
-        size * max(1, args.n_gpu),
-        image_tokens=found.image_tokens,
-        max_texts=data_args.max_texts_per_row,
-        accumulation=args.gradient_accumulation_steps if train else 1,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        rank=args.process_index,
-        world_size=args.world_size,
-        shuffle=train,
-    )
-
-
-def _answer_scorer(
-    data: LoadedData | None,
-    rows: Any,
-    processor: Any,
-    data_args: VLMDataArguments,
-    args: TrainingArguments,
-    evaluation_args: EvaluationArguments | None,
-) -> AnswerScorer | None:
-    if not args.eval_answers:
-        return None
-    if data is None:
-        raise ConfigError(
-            "eval_answers is set, but there is no evaluation data. Set eval_split, eval_dataset_path or "
-            "validation_fraction."
-        )
-    options = evaluation_args or EvaluationArguments()
-    return AnswerScorer(
-        rows,
-        processor,
-        options.metrics or default_metrics(data.metrics, rows),
-        options,
-        count=args.eval_answers,
-        seed=data_args.split_seed,
-        max_seconds=args.max_eval_seconds,
-        max_pixels=data_args.max_pixels,
-    )
-
-
-def _feature_cache(
-    trainer: MemoryEfficientTrainer,
-    collator: SharedImageCollator,
-    data_args: VLMDataArguments,
-    sets: list[Any],
-    progress: Progress | None,
-) -> FeatureCache | None:
-    cache = fill_between_ranks(trainer, collator, data_args, sets, progress)
-    if cache is not None:
-        logger.info("image features come from %s", cache.folder)
-        for sampler in (trainer.train_sampler, trainer.eval_sampler):
-            if sampler is not None:
-                sampler.vision_passes = False
-        if trainer.args.world_size == 1 and trainer.answer_scorer is None:
-            base = base_model(trainer.model)
-            trainer.add_callback(
-                TowerAside([base.get_submodule(trainer.family.parts[p]) for p in ("vision", "projector")])
-            )
-    return cache
-
-
 def _find_start(output_dir: Path, args: TrainingArguments) -> Start:
     """Find where the run begins, once for all processes: the first one's files would look to others like a run's."""
     found: list[Any] = [None]
@@ -315,6 +163,115 @@ def _find_start(output_dir: Path, args: TrainingArguments) -> Start:
         broadcast_object_list(found)
     start: Start = found[0]
     return start
+
+
+def _family_and_processor(model_args: ModelWithLoRAArguments, args: TrainingArguments) -> tuple[Family, Any]:
+    """Find what model it is and load its processor; refuse what cannot be trained before weights load."""
+    origin = _origin(model_args)
+    config = load_config(model_args.model_name_or_path, **origin)
+    family = get_family(config, model_args.model_type)
+    require_dtype(family, get_torch_dtype(model_args.torch_dtype))
+    if args.fp16:
+        require_dtype(family, torch.float16)
+    require_trained(model_args, args)
+    return family, load_processor(model_args.model_name_or_path, **origin)
+
+
+def _origin(model_args: ModelWithLoRAArguments) -> dict[str, Any]:
+    return {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+
+
+def _trainable_model(model_args: ModelWithLoRAArguments, args: TrainingArguments) -> Any:
+    """Load the weights and choose what of them is trained."""
+    model = load_model_for_training(
+        model_args.model_name_or_path,
+        quantization_config=quantization_of(model_args, model_args.torch_dtype, sharded=bool(args.fsdp)),
+        torch_dtype=model_args.torch_dtype,
+        attn_implementation=model_args.attn_implementation,
+        **_origin(model_args),
+    )
+    if not model_args.use_lora:
+        return prepare_full_finetuning(model, parts=model_args.train_parts)
+    model = setup_lora(model, **vars(model_args))
+    if unserved := training_limits(vars(model_args)):
+        logger.warning(
+            "%s do not apply %s of an adapter: merge it by vlmtune merge before it is served there",
+            SERVERS,
+            " and ".join(unserved),
+        )
+    return model
+
+
+def _describe_model(
+    model: Any, family: Family, model_args: ModelWithLoRAArguments, args: TrainingArguments
+) -> dict[str, Any]:
+    """Return the entry of the model in ``run.json``."""
+    return {
+        "name": model_args.model_name_or_path,
+        "family": family.name,
+        "parameters": count_parameters(model),
+        "parts": record(model, args),
+        "fingerprint": base_fingerprint(model),
+    }
+
+
+def _answer_scorer(
+    data: RunData, processor: Any, args: TrainingArguments, evaluation_args: EvaluationArguments | None
+) -> AnswerScorer | None:
+    if not args.eval_answers:
+        return None
+    if data.evaluation is None:
+        raise ConfigError(
+            "eval_answers is set, but there is no evaluation data. Set eval_split, eval_dataset_path or "
+            "validation_fraction."
+        )
+    options = evaluation_args or EvaluationArguments()
+    return AnswerScorer(
+        data.eval_rows,
+        processor,
+        options.metrics or default_metrics(data.evaluation.metrics, data.eval_rows),
+        options,
+        count=args.eval_answers,
+        seed=data.options.split_seed,
+        max_seconds=args.max_eval_seconds,
+        max_pixels=data.options.max_pixels,
+    )
+
+
+def _trainer(
+    model: Any, data: RunData, processor: Any, scorer: AnswerScorer | None, args: TrainingArguments
+) -> MemoryEfficientTrainer:
+    patience = args.early_stopping_patience
+    return create_trainer(
+        model=model,
+        args=args,
+        train_dataset=data.train_rows,
+        eval_dataset=data.eval_rows,
+        data_collator=data.collator,
+        processor=processor,
+        train_sampler=data.train_sampler(args),
+        eval_sampler=data.eval_sampler(args),
+        answer_scorer=scorer,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+    )
+
+
+def _use_cached_features(trainer: MemoryEfficientTrainer, data: RunData, progress: Progress | None) -> None:
+    """Let rows that share images take their features from the cache, and what computed them leave the device."""
+    if not isinstance(data.collator, SharedImageCollator):
+        return
+    sets = [rows for rows in (data.train_rows, data.eval_rows) if rows is not None]
+    cache = fill_between_ranks(trainer, data.collator, data.options, sets, progress)
+    data.collator.cache = cache
+    if cache is None:
+        return
+    logger.info("image features come from %s", cache.folder)
+    for sampler in (trainer.train_sampler, trainer.eval_sampler):
+        if sampler is not None:
+            sampler.vision_passes = False
+    if trainer.args.world_size == 1 and trainer.answer_scorer is None:
+        base = base_model(trainer.model)
+        trainer.add_callback(TowerAside([base.get_submodule(trainer.family.parts[p]) for p in ("vision", "projector")]))
 
 
 def _train_and_save(
@@ -340,13 +297,7 @@ def _train_and_save(
         # Trackers keep their last figures back until they are told of the end.
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         if writes:
-            status = f"stopped by {type(error).__name__}: {error}".rstrip(": ")
-            try:
-                write_log(output_dir, trainer.state.log_history)
-                save_training_info(output_dir, status=redact(status))
-            except OSError as other:
-                # A full disk; the error itself is what must be seen.
-                logger.warning("the records in %s could not be written (%s)", output_dir, other)
+            _record_stop(trainer, output_dir, error)
         raise
     if writes:
         leave_card(output_dir)
@@ -354,10 +305,11 @@ def _train_and_save(
     return RunResult(output_dir, metrics, trainer.state.global_step, seconds, left_out)
 
 
-def _usable(
-    data: LoadedData, collator: BaseVLMDataCollator, data_args: VLMDataArguments, name: str
-) -> tuple[Any, Scan]:
-    found = scan(data.dataset, collator.encoder, max_bad_fraction=data_args.max_bad_fraction)
-    logger.info("%s data: %s", name, found.summary())
-    dataset = data.dataset if len(found.kept) == len(data.dataset) else data.dataset.select(found.kept)
-    return dataset, found
+def _record_stop(trainer: MemoryEfficientTrainer, output_dir: Path, error: BaseException) -> None:
+    status = f"stopped by {type(error).__name__}: {error}".rstrip(": ")
+    try:
+        write_log(output_dir, trainer.state.log_history)
+        save_training_info(output_dir, status=redact(status))
+    except OSError as other:
+        # A full disk; the error itself is what must be seen.
+        logger.warning("the records in %s could not be written (%s)", output_dir, other)

@@ -9,12 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from command_line import error_of, vlmtune
 
 from vlmtune.cli import common
 from vlmtune.errors import MissingDependencyError, OutputError
 from vlmtune.evaluation.metrics.captions import DocumentFrequencies
-
-from .test_cli_report import refused, vlmtune
 
 ROWS = [
     {"answer": "a red dog runs over the meadow", "references": ["a red dog runs over a meadow"], "type": "long"},
@@ -39,7 +38,7 @@ def test_answers_of_another_program(mine: Path, tmp_path: Path, capsys: pytest.C
     # Twice is no fault, and another file's answers are not written over it.
     assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e", "--metrics", "wer") == 0
     mine.write_text(json.dumps(ROWS[0] | {"answer": "other"}))
-    said = refused(capsys, 1, "evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e")
+    said = error_of(capsys, 1, "evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "e")
     assert "already holds an evaluation with another data" in said
     assert vlmtune("evaluate", "--predictions", mine, "--evaluation_dir", tmp_path / "f", "--metrics", "wer") == 0
     assert vlmtune("compare", tmp_path / "e", tmp_path / "f") == 0
@@ -52,7 +51,7 @@ def test_no_model_is_loaded(mine: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert vlmtune("evaluate", "--predictions", mine, "--metrics", "rouge_l", "iou") == 0
     said = capsys.readouterr()
     assert "rouge_l" in said.out and "iou cannot score these answers" in said.err
-    assert "iou cannot score" in refused(capsys, 1, "evaluate", "--predictions", mine, "--metrics", "iou")
+    assert "iou cannot score" in error_of(capsys, 1, "evaluate", "--predictions", mine, "--metrics", "iou")
 
 
 def test_cider_by_the_frequencies_of_the_training_data(
@@ -72,9 +71,9 @@ def test_cider_by_the_frequencies_of_the_training_data(
     assert vlmtune("evaluate", "--predictions", mine, "--metrics", f"cider:{table}", "cider") == 0
     said = capsys.readouterr().out
     assert f"cider:{table}" in said and said.count("note: CIDEr over 2 images") == 1
-    assert "already and will not be overwritten" in refused(capsys, 1, "metrics", "--save_frequencies", table, *data)
-    assert "dataset_path is not set" in refused(capsys, 2, "metrics", "--save_frequencies", tmp_path / "new.gz")
-    assert "is no table" in refused(capsys, 2, "evaluate", "--predictions", mine, "--metrics", "cider:nowhere.gz")
+    assert "already and will not be overwritten" in error_of(capsys, 1, "metrics", "--save_frequencies", table, *data)
+    assert "dataset_path is not set" in error_of(capsys, 2, "metrics", "--save_frequencies", tmp_path / "new.gz")
+    assert "is no table" in error_of(capsys, 2, "evaluate", "--predictions", mine, "--metrics", "cider:nowhere.gz")
 
 
 def test_the_page_is_of_both_where_one_is_compared_with(mine: Path, tmp_path: Path) -> None:
@@ -112,23 +111,23 @@ def test_missing_references_are_found_before_the_model_loads(
     rows = [{"image": str(image_folder / f"{i}.jpg"), "question": "?", "answer": "a dog"} for i in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ("--model_name_or_path", "m", "--dataset_path", tmp_path / "data.jsonl", "--evaluation_dir", tmp_path / "e")
-    said = refused(capsys, 1, "evaluate", *flags, "--metrics", "pope_f1", "iou")
+    said = error_of(capsys, 1, "evaluate", *flags, "--metrics", "pope_f1", "iou")
     assert "pope_f1 cannot score the references" in said and "iou cannot score the references" in said
     rows = [{"messages": [{"role": "user", "content": f"Question {i}?"}]} for i in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "None of the 3 samples has references" in refused(capsys, 1, "evaluate", *flags)
+    assert "None of the 3 samples has references" in error_of(capsys, 1, "evaluate", *flags)
     assert not (tmp_path / "e").exists()
 
 
 def test_bad_files(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine.write_text('{"answer": "x"}\n')
-    assert "line 1, is not a prediction (it has no references)" in refused(
+    assert "line 1, is not a prediction (it has no references)" in error_of(
         capsys, 1, "evaluate", "--predictions", mine, "--metrics", "exact_match"
     )
     mine.write_text("")
-    assert "mine.jsonl is empty" in refused(capsys, 1, "evaluate", "--predictions", mine)
+    assert "mine.jsonl is empty" in error_of(capsys, 1, "evaluate", "--predictions", mine)
     mine.write_text('{"answer": "x", "references": []}\n')
-    assert "1 of 1 predictions have no references" in refused(capsys, 1, "evaluate", "--predictions", mine)
+    assert "1 of 1 predictions have no references" in error_of(capsys, 1, "evaluate", "--predictions", mine)
 
 
 def test_samples_is_short_for_eval_samples(
@@ -140,7 +139,7 @@ def test_samples_is_short_for_eval_samples(
     flags += ("--max_new_tokens", "2", "--evaluation_dir", tmp_path / "e", "--samples", "4")
     assert vlmtune("evaluate", *flags) == 0
     assert json.loads((tmp_path / "e" / "scores.json").read_text())["samples"] == 4
-    assert "samples" in refused(capsys, 2, "evaluate", *flags[:-1], "0")
+    assert "samples" in error_of(capsys, 2, "evaluate", *flags[:-1], "0")
 
 
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,8 @@ import logging
 import os
 import warnings
 
+import pytest
+
 from vlmtune import cli
 
 
@@ -20,3 +22,12 @@ def vlmtune(*arguments: object) -> int:
         logger.handlers, logger.level, logger.propagate = before
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
+    """Run a command that must fail with this code; return its error."""
+    capsys.readouterr()
+    assert vlmtune(*arguments) == code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return said.err[said.err.index("error: ") :]

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from serving_helpers import vlmtune
+from command_line import vlmtune
 from transformers import AutoConfig
 
 from vlmtune.models.families import REFUSED

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
-import os
 import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import vlmtune
 from training_stand_in import shift_trainable
 
-from vlmtune import cli
 from vlmtune.config.merge import MergeArguments
 from vlmtune.evaluation import merging
 from vlmtune.evaluation.card import CARD
@@ -26,19 +23,6 @@ from vlmtune.models.checkpoint import save_model_and_processor
 from vlmtune.models.loading import load_model_for_inference, load_model_for_training
 from vlmtune.models.lora import setup_lora
 from vlmtune.models.quantization import get_quantization_config
-
-
-def vlmtune(*arguments: object) -> int:
-    """Run a command; put back what it sets for its whole process."""
-    logger, environment = logging.getLogger("vlmtune"), dict(os.environ)
-    before = logger.handlers, logger.level, logger.propagate
-    try:
-        with warnings.catch_warnings():
-            return cli.main([str(argument) for argument in arguments])
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
 
 
 def _adapter(base: Path, processor, folder: Path, *, size: float = 0.1, quantization=None, **options) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import vlmtune
 from PIL import Image, ImageDraw
 
-from vlmtune.cli import main
 from vlmtune.data.boxes import read_boxes
 from vlmtune.evaluation.generation import AnswerGenerator
 
@@ -67,10 +67,6 @@ def grounding(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.append(json.dumps(line | {"bbox": [x, y, x + width, y + height]} | size))
         (root / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return root
-
-
-def vlmtune(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import vlmtune
 from PIL import Image
-from serving_helpers import vlmtune
 
 from vlmtune.config import GenerationArguments
 from vlmtune.evaluation.generation import AnswerGenerator

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import warnings
 from pathlib import Path
 
 import pytest
+from command_line import error_of, vlmtune
 from PIL import Image
 
-from vlmtune import cli
 from vlmtune.evaluation.answering import Prediction
 from vlmtune.evaluation.metrics import METRICS
 from vlmtune.evaluation.runner import score
 
 COLORS = ("red", "green", "blue", "teal")
-
-
-def vlmtune(*arguments: object) -> int:
-    """Run a command; put back what it sets for its whole process."""
-    logger, environment = logging.getLogger("vlmtune"), dict(os.environ)
-    before = logger.handlers, logger.level, logger.propagate
-    try:
-        with warnings.catch_warnings():
-            return cli.main([str(argument) for argument in arguments])
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
 
 
 def evaluated(folder: Path, answers: list[str], references: list[str], **arguments: object) -> Path:
@@ -57,14 +41,6 @@ def two_runs(tmp_path: Path) -> tuple[Path, Path]:
     return one, other
 
 
-def refused(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
-    capsys.readouterr()
-    assert vlmtune(*arguments) == code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return said.err[said.err.index("error: ") :]
-
-
 @pytest.mark.parametrize("command", ["metrics", "report", "compare"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert vlmtune(command, "--help") == 0
@@ -80,7 +56,7 @@ def test_metrics_lists_all_with_their_sources(capsys: pytest.CaptureFixture[str]
     assert all(f"\n{name} " in f"\n{said}" for name in METRICS)
     assert "arXiv:1411.5726; tylin/coco-caption Cider" in said
     assert all(len(line) <= 120 for line in said.splitlines())
-    assert "metrics has no option '--jsn'" in refused(capsys, 2, "metrics", "--jsn")
+    assert "metrics has no option '--jsn'" in error_of(capsys, 2, "metrics", "--jsn")
 
 
 def test_report(two_runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,18 +87,18 @@ def test_compare_a_run_with_itself(two_runs: tuple[Path, Path], capsys: pytest.C
 
 
 def test_bad_input(two_runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "report needs a run's" in refused(capsys, 2, "report")
-    assert "Did you mean '--output'" in refused(capsys, 2, "report", two_runs[0], "--outptu", "x")
-    assert "at least two runs" in refused(capsys, 2, "compare", two_runs[0])
+    assert "report needs a run's" in error_of(capsys, 2, "report")
+    assert "Did you mean '--output'" in error_of(capsys, 2, "report", two_runs[0], "--outptu", "x")
+    assert "at least two runs" in error_of(capsys, 2, "compare", two_runs[0])
     (tmp_path / "bare").mkdir()
-    assert "holds neither a run" in refused(capsys, 1, "report", tmp_path / "bare")
+    assert "holds neither a run" in error_of(capsys, 1, "report", tmp_path / "bare")
     (tmp_path / "bare" / "run.json").write_text("{}")
-    assert f"{tmp_path / 'bare'} holds no evaluation" in refused(capsys, 1, "compare", two_runs[0], tmp_path / "bare")
+    assert f"{tmp_path / 'bare'} holds no evaluation" in error_of(capsys, 1, "compare", two_runs[0], tmp_path / "bare")
     other = evaluated(tmp_path / "other", ["a"], ["b"])
-    assert "other references" in refused(capsys, 1, "compare", two_runs[0], other)
+    assert "other references" in error_of(capsys, 1, "compare", two_runs[0], other)
     file = other / "evaluation" / "predictions.jsonl"
     file.write_text(file.read_text().replace('"s0"', '"elsewhere"'))
-    assert "no sample in common" in refused(capsys, 1, "compare", two_runs[0], other)
+    assert "no sample in common" in error_of(capsys, 1, "compare", two_runs[0], other)
 
 
 @pytest.fixture
@@ -161,7 +137,7 @@ def test_evaluate_checks_its_honesty(
 
     assert vlmtune("evaluate", *common, "--evaluation_dir", tmp_path / "off", "--honesty", "off") == 0
     assert "shuffled" not in capsys.readouterr().out and not (tmp_path / "off" / "shuffled").exists()
-    assert "honesty" in refused(capsys, 2, "evaluate", *common, "--honesty", "maybe")
+    assert "honesty" in error_of(capsys, 2, "evaluate", *common, "--honesty", "maybe")
 
 
 def test_the_demo_ends_with_its_report(

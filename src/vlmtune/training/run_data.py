@@ -1,0 +1,129 @@
+"""What a run trains and evaluates on: loaded, checked and measured before any weight loads."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from vlmtune.batching.collator import BaseVLMDataCollator, SharedImageCollator
+from vlmtune.batching.sampler import ImageGroupSampler
+from vlmtune.batching.scan import Scan, scan
+from vlmtune.batching.sharing import describe_saving
+from vlmtune.config import TrainingArguments, VLMDataArguments
+from vlmtune.data.loading import LoadedData, load_train_and_eval
+from vlmtune.models.family import Family
+from vlmtune.training.data_record import describe_data, quarantined
+from vlmtune.training.image_reuse import check_row_limits, shares_images, with_image_keys
+
+logger = logging.getLogger("vlmtune.training")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The samples of a run and what makes batches of them.
+
+    Attributes:
+        train: the training data as loaded.
+        train_rows: those of its samples that can be used, with the column ``image_key`` where images are shared.
+        train_scan: their lengths, and what was left out.
+        evaluation: the evaluation data as loaded, where there are any; so are ``eval_rows`` and ``eval_scan``.
+        collator: makes batches of both.
+        options: how they were asked for.
+    """
+
+    train: LoadedData
+    train_rows: Any
+    train_scan: Scan
+    evaluation: LoadedData | None
+    eval_rows: Any
+    eval_scan: Scan | None
+    collator: BaseVLMDataCollator
+    options: VLMDataArguments
+
+    def left_out(self) -> list[tuple[str, str]]:
+        """Return (sample id, reason) of every sample that is not used."""
+        left_out = [*quarantined(self.train), *self.train_scan.left_out]
+        if self.evaluation is not None and self.eval_scan is not None:
+            left_out += [*quarantined(self.evaluation), *self.eval_scan.left_out]
+            left_out = list(dict.fromkeys(left_out))
+        return left_out
+
+    def record(self) -> dict[str, Any]:
+        """Return the entry of the data in ``run.json``."""
+        return describe_data(self.train, self.train_scan, self.evaluation, self.eval_scan)
+
+    def train_sampler(self, args: TrainingArguments) -> ImageGroupSampler:
+        """Make batches of the training samples, in another order each epoch."""
+        size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        return self._sampler(self.train_rows, self.train_scan, args, size, accumulation, shuffle=True)
+
+    def eval_sampler(self, args: TrainingArguments) -> ImageGroupSampler | None:
+        """Make batches of the evaluation samples, where there are any."""
+        if self.eval_scan is None:
+            return None
+        return self._sampler(self.eval_rows, self.eval_scan, args, args.per_device_eval_batch_size, 1, shuffle=False)
+
+    def _sampler(
+        self, rows: Any, found: Scan, args: TrainingArguments, size: int, accumulation: int, *, shuffle: bool
+    ) -> ImageGroupSampler:
+        shared = "image_key" in rows.column_names
+        return ImageGroupSampler(
+            rows.with_format("arrow")[:]["image_key"] if shared else [""] * len(rows),
+            found.lengths,
+            size * max(1, args.n_gpu),
+            image_tokens=found.image_tokens,
+            max_texts=self.options.max_texts_per_row,
+            accumulation=accumulation,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            shuffle=shuffle,
+        )
+
+
+def load_run_data(
+    data_args: VLMDataArguments, family: Family, processor: Any, attn_implementation: str | None
+) -> RunData:
+    """Load the data of a run, measure every text, and find which samples share an image.
+
+    Raises:
+        VlmtuneError: data that cannot be loaded, too many bad rows, texts that are too long, or images that are to be
+            shared and cannot be.
+    """
+    train, evaluation = load_train_and_eval(data_args)
+    share = shares_images(family, data_args.share_images, attn_implementation)
+    limits = {"max_texts_per_row": data_args.max_texts_per_row, "max_tokens_per_row": data_args.max_tokens_per_row}
+    collator_class: Any = SharedImageCollator if share else BaseVLMDataCollator
+    collator: BaseVLMDataCollator = collator_class(
+        processor,
+        family,
+        max_length=data_args.max_length,
+        on_too_long=data_args.on_too_long,
+        max_pixels=data_args.max_pixels,
+        image_timeout=data_args.image_timeout,
+        **(limits if share else {}),
+    )
+    train_rows, train_scan = _usable(train, collator, data_args, "training")
+    eval_rows, eval_scan = _usable(evaluation, collator, data_args, "evaluation") if evaluation else (None, None)
+    if share:
+        train_rows = _with_keys(train_rows, train_scan, data_args)
+        eval_rows = with_image_keys(eval_rows) if eval_rows is not None else None
+    return RunData(train, train_rows, train_scan, evaluation, eval_rows, eval_scan, collator, data_args)
+
+
+def _usable(
+    data: LoadedData, collator: BaseVLMDataCollator, data_args: VLMDataArguments, name: str
+) -> tuple[Any, Scan]:
+    found = scan(data.dataset, collator.encoder, max_bad_fraction=data_args.max_bad_fraction)
+    logger.info("%s data: %s", name, found.summary())
+    dataset = data.dataset if len(found.kept) == len(data.dataset) else data.dataset.select(found.kept)
+    return dataset, found
+
+
+def _with_keys(dataset: Any, found: Scan, data_args: VLMDataArguments) -> Any:
+    dataset = with_image_keys(dataset)
+    measured = dataset.with_format("arrow")[:]["image_key"], found.lengths, found.image_tokens
+    logger.info("sharing images: %s", describe_saving(*measured))
+    check_row_limits(*measured, max_texts=data_args.max_texts_per_row, max_tokens=data_args.max_tokens_per_row)
+    return dataset
