@@ -27,6 +27,8 @@ from vlmtune.evaluation.metrics.base import Array, Metric, Scores
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 MOST_BOXES = 100
+# Resamples computed at once: what they need stays in a core's cache.
+AT_ONCE = 20
 Box = dict[str, Any]
 Coco = Mapping[str, Any]
 
@@ -64,16 +66,19 @@ class Matches:
         """
         objects = counts @ self.objects
         each = counts[:, self.image]
+        counted = self.right | self.wrong
+        seen = np.cumsum(each, -1) if counted.all() else None
         total = np.zeros(len(counts))
-        for right, wrong in zip(self.right, self.wrong, strict=True):
+        for right, those in zip(self.right, counted, strict=True):
             # Recall and precision change for the better at right boxes only.
             at = np.flatnonzero(right)
             hits = np.cumsum(each[:, at], -1)
-            seen = np.cumsum(each if (right | wrong).all() else each * (right | wrong), -1)[:, at]
-            best = np.maximum.accumulate((hits / (seen + np.spacing(1)))[:, ::-1], -1)[:, ::-1]
+            precision = hits / ((np.cumsum(each * those, -1) if seen is None else seen)[:, at] + np.spacing(1))
             for row in np.flatnonzero(objects) if len(at) else ():
                 first = np.searchsorted(hits[row] / objects[row], RECALLS)
-                total[row] += best[row, first[first < len(at)]].sum()
+                # The best from each recall on: the best up to the next recall, and of those the best from the end.
+                upto = np.maximum.reduceat(precision[row], first[first < len(at)])
+                total[row] += np.maximum.accumulate(upto[::-1])[::-1].copy().sum()
         values = total / (len(RECALLS) * len(self.right))
         return np.where(objects > 0, values, np.nan)
 
@@ -156,7 +161,8 @@ def _mean_over(matches: Sequence[Matches], what: str, counts: Array) -> Array:
     rows = np.asarray(counts, dtype=np.float64).reshape(-1, counts.shape[-1])
     total, having = np.zeros(len(rows)), np.zeros(len(rows))
     for category in matches:
-        value = getattr(category, what)(rows)
+        parts = [getattr(category, what)(rows[start : start + AT_ONCE]) for start in range(0, len(rows), AT_ONCE)]
+        value = np.concatenate(parts)
         total += np.nan_to_num(value)
         having += np.isfinite(value)
     mean = np.divide(total, having, out=np.full(len(rows), np.nan), where=having > 0)
