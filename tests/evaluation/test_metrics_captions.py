@@ -131,7 +131,8 @@ def test_cider_by_the_name_of_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"counts", gzip.compress(b"{}"), gzip.compress(b'{"images": 0, "counts": {}}')]
+    "content",
+    [None, b"", b"counts", gzip.compress(b"{}", mtime=0), gzip.compress(b'{"images": 0, "counts": {}}', mtime=0)],
 )
 def test_a_bad_table(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "df.json.gz"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command_line import vlmtune
 from PIL import Image, ImageFile
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -137,6 +139,7 @@ class HangingFile(ImageFile.ImageFile):
 
 @pytest.fixture
 def hanging_image(tmp_path: Path) -> Iterator[ImageRef]:
+    HangingFile.released = threading.Event()
     Image.register_open("HANGING", HangingFile, lambda prefix: prefix.startswith(b"HANGING"))
     (tmp_path / "photo.jpg").write_bytes(b"HANGING image")
     yield ImageRef(str(tmp_path / "photo.jpg"))
@@ -154,6 +157,21 @@ def test_an_image_that_hangs_its_decoder(hanging_image: ImageRef) -> None:
     good = io.BytesIO()
     Image.new("RGB", (3, 2)).save(good, "PNG")
     assert decode(ImageRef(bytes=good.getvalue()), timeout=10).size == (3, 2)
+
+
+def test_image_timeout_goes_for_answering_and_for_checks(
+    hanging_image: ImageRef, image_folder: Path, tiny_gemma3_dir: Path, tmp_path: Path, capsys
+) -> None:
+    rows = [{"id": path.stem, "image": str(path), "question": "What?", "answer": "red"} for path in
+            (Path(str(hanging_image.path)), image_folder / "0.jpg")]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--dataset_path", tmp_path / "data.jsonl", "--image_timeout", 0.3, "--max_new_tokens", 2)
+    model = ("--model_name_or_path", tiny_gemma3_dir, "--torch_dtype", "float32", "--honesty", "off")
+    assert vlmtune("evaluate", *model, *options, "--evaluation_dir", tmp_path / "e") == 0
+    found = json.loads((tmp_path / "e" / "scores.json").read_text())
+    assert found["samples"] == 1 and "within 0.3 s" in found["unanswered"]["photo"]
+    assert vlmtune("evaluate", *model, *options, "--verify_images", "full", "--evaluation_dir", tmp_path / "f") == 1
+    assert "within 0.3 s" in capsys.readouterr().err
 
 
 # -- trackers and stalls ----------------------------------------------------------------------------------

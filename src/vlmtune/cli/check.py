@@ -25,6 +25,7 @@ def check(argv: list[str]) -> int:
             "what would ruin a run or teach the wrong thing. Takes a training recipe, or a folder or file of data.\n"
             "Exit code 1 when training would be refused.\n\n" + OWN_OPTIONS,
             [BaseModelArguments, VLMDataArguments],
+            optional=("dataset_path", "model_name_or_path"),
         )
         return 0
     report_dir, argv = take(argv, "--report_dir")

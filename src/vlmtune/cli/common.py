@@ -39,12 +39,18 @@ def asks_help(argv: list[str]) -> bool:
 
 
 def print_help(
-    usage: str, classes: Sequence[type], ending: str = "", *, required: Sequence[str] = (), without: Sequence[str] = ()
+    usage: str,
+    classes: Sequence[type],
+    ending: str = "",
+    *,
+    required: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> None:
     """Print a command's usage and the options of its argument classes."""
     from vlmtune.config.help import format_options
 
-    options = format_options(classes, required=required, without=without)
+    options = format_options(classes, required=required, optional=optional, without=without)
     print(f"{usage}\n\n{options}" + (f"\n\n{ending}" if ending else ""))
 
 

@@ -25,6 +25,7 @@ def preview(argv: list[str]) -> int:
             "Shows training rows as the model will see them: every token, those that are learned in colour, images\n"
             "after preprocessing, and what texts of one image share. In the terminal and as a page.\n\n" + OWN_OPTIONS,
             [BaseModelArguments, VLMDataArguments],
+            optional=("dataset_path",),
         )
         return 0
     rows, argv = take(argv, "--rows")

@@ -54,7 +54,7 @@ class VLMDataArguments(Checked):
         None, help="Train on this many samples, drawn at random by split_seed; by default on all."
     )
     max_eval_samples: int | None = option(
-        None, help="Take the evaluation loss on this many samples, drawn at random by split_seed; by default on all."
+        None, help="Evaluate on this many samples, drawn at random by split_seed; by default on all."
     )
     validation_fraction: float = option(
         0.0,
@@ -73,7 +73,7 @@ class VLMDataArguments(Checked):
     )
     max_pixels: int | None = option(
         None,
-        help="Most pixels of an image file; a larger one is refused as a decompression bomb.",
+        help="Most pixels of an image file, 179 million by default; a larger one is refused as a decompression bomb.",
     )
     allow_remote_images: bool = option(
         False,

@@ -38,7 +38,7 @@ class AdapterArguments(Checked):
     _argument_group_name = "model"
 
     adapter: str | None = option(
-        None, help="Folder of an adapter to put on the model; not needed when model_name_or_path is an adapter itself."
+        None, help="Folder of an adapter to put on the model; not needed where the model named is one itself."
     )
 
 

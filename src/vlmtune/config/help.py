@@ -13,12 +13,19 @@ from vlmtune.config.options import field_types, literal_choices, union_members
 WIDTH = 100
 
 
-def format_options(classes: Sequence[type], *, required: Collection[str] = (), without: Collection[str] = ()) -> str:
+def format_options(
+    classes: Sequence[type],
+    *,
+    required: Collection[str] = (),
+    optional: Collection[str] = (),
+    without: Collection[str] = (),
+) -> str:
     """Return the options of classes, a group a class, each with its kind, default and help.
 
     Args:
         classes: argument dataclasses.
         required: options that must be set although their class has a default.
+        optional: options that need not be set although their class has none.
         without: options that are not shown.
     """
     groups: dict[str, list[str]] = {}
@@ -31,13 +38,14 @@ def format_options(classes: Sequence[type], *, required: Collection[str] = (), w
                 field = cls.__dataclass_fields__.get(name)  # type: ignore[attr-defined]
                 if field is not None and name in kinds and name not in shown and field.metadata.get("help"):
                     shown.add(name)
-                    groups.setdefault(group, []).append(_entry(field, kinds[name], required))
+                    groups.setdefault(group, []).append(_entry(field, kinds[name], required, optional))
     return "\n\n".join(f"{group} options:\n" + "\n".join(entries) for group, entries in groups.items())
 
 
-def _entry(field: dataclasses.Field[Any], kind: Any, required: Collection[str]) -> str:
+def _entry(field: dataclasses.Field[Any], kind: Any, required: Collection[str], optional: Collection[str]) -> str:
     text = str(field.metadata["help"])
-    if (default := "required" if field.name in required else _default(field)) is not None:
+    default = "required" if field.name in required else None if field.name in optional else _default(field)
+    if default is not None:
         text += f" [{default}]"
     body = textwrap.fill(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return f"  --{field.name} {_kind(kind)}\n{body}".replace(" \n", "\n")

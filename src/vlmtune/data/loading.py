@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +80,7 @@ class DataOptions(Protocol):
     max_pixels: int | None
     allow_remote_images: bool
     private_image_hosts: list[str] | None
+    image_timeout: float
 
 
 def load_samples(
@@ -94,6 +96,7 @@ def load_samples(
     max_pixels: int | None = None,
     allow_remote_images: bool = False,
     private_image_hosts: Sequence[str] = (),
+    image_timeout: float = images.TIMEOUT,
 ) -> LoadedData:
     """Read data in any known format.
 
@@ -109,6 +112,7 @@ def load_samples(
         max_pixels: larger images are refused.
         allow_remote_images: download images that rows name by web address; else such rows are set aside.
         private_image_hosts: hosts of this machine or its private network that such addresses may lead to.
+        image_timeout: seconds that an image may take to be read.
 
     Raises:
         DataError: nothing is there, the format is unknown, no sample is left, or too many rows are bad.
@@ -130,7 +134,12 @@ def load_samples(
     if not total:
         raise DataError(f"{name} holds no samples in the format {chosen.name} ({chosen.looks_like}).")
     bad = store.repeats(dataset, quarantine)
-    bad |= _with_bad_images(dataset, bad, quarantine, verify_images, max_pixels)
+    bad |= _with_bad_images(
+        dataset,
+        bad,
+        quarantine,
+        partial(images.check_all, how=verify_images, max_pixels=max_pixels, timeout=image_timeout),
+    )
     quarantine.require_below(max_bad_fraction, total, name)
     if bad.all():
         raise DataError(f"No row of {name} can be used; all were set aside ({quarantine.summary()}).")
@@ -146,18 +155,19 @@ def load_train_and_eval(options: DataOptions) -> tuple[LoadedData, LoadedData | 
     if train_split is None:
         place = resolve(options.dataset_path)
         train_split = "train" if "train" in choose_format(place, options.dataset_format).splits(place) else None
-    train = _load(options, options.dataset_path, train_split)
+    train = load_split(options, options.dataset_path, train_split)
     evaluation: LoadedData | None = None
     if options.validation_fraction:
         train, evaluation = split_by_image(train, options.validation_fraction, options.split_seed)
     elif options.eval_split or options.eval_dataset_path:
-        evaluation = _load(options, options.eval_dataset_path or options.dataset_path, options.eval_split)
+        evaluation = load_split(options, options.eval_dataset_path or options.dataset_path, options.eval_split)
     if evaluation is not None:
         evaluation = subset(evaluation, options.max_eval_samples, options.split_seed)
     return subset(train, options.max_train_samples, options.split_seed), evaluation
 
 
-def _load(options: DataOptions, path: str, split: str | None) -> LoadedData:
+def load_split(options: DataOptions, path: str, split: str | None) -> LoadedData:
+    """Read one split of the data at a path, as the options say."""
     return load_samples(
         path,
         format=options.dataset_format,
@@ -170,6 +180,7 @@ def _load(options: DataOptions, path: str, split: str | None) -> LoadedData:
         max_pixels=options.max_pixels,
         allow_remote_images=options.allow_remote_images,
         private_image_hosts=options.private_image_hosts or (),
+        image_timeout=options.image_timeout,
     )
 
 
@@ -246,8 +257,7 @@ def _with_bad_images(
     dataset: datasets.Dataset,
     passed_over: npt.NDArray[np.bool_],
     quarantine: Quarantine,
-    how: images.Check,
-    max_pixels: int | None,
+    check: Callable[[Sequence[ImageRef]], list[str | None]],
 ) -> npt.NDArray[np.bool_]:
     """Set aside the rows with an image that cannot be used; returns (N,) which they are."""
     bad = np.zeros(len(dataset), dtype=bool)
@@ -263,7 +273,7 @@ def _with_bad_images(
         new = [ref for ref in dict.fromkeys(chain.from_iterable(refs)) if hash(ref) not in checked]
         # Of an image that was checked its hash is kept alone: the names of millions of them take gigabytes.
         checked.update(map(hash, new))
-        found = images.check_all(new, how, max_pixels=max_pixels)
+        found = check(new)
         problems |= {ref: problem for ref, problem in zip(new, found, strict=True) if problem}
         if not problems:
             continue

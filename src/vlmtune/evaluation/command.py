@@ -22,7 +22,7 @@ from vlmtune.config import (
 from vlmtune.config.serving import PredictArguments
 from vlmtune.data.loading import (
     LoadedData,
-    load_samples,
+    load_split,
     load_train_and_eval,
     stratified,
     subset,
@@ -76,7 +76,9 @@ def run_evaluation(
     folder = evaluation_folder(model_args, adapter_args, output_args)
     logger.info("evaluating on %s samples of %s", f"{len(data.dataset):,}", data.source)
     model, processor = load(model_args, adapter_args, quantization_args)
-    generator = AnswerGenerator(model, processor, evaluation_args, max_pixels=data_args.max_pixels)
+    generator = AnswerGenerator(
+        model, processor, evaluation_args, max_pixels=data_args.max_pixels, image_timeout=data_args.image_timeout
+    )
     name = adapter_args.adapter or model_args.model_name_or_path
     how: dict[str, Any] = {"name": str(name), "progress": progress, "choose_by": evaluation_args.choose_by}
     found = evaluate(generator, data.dataset, metrics, folder, source=data.source, **how)
@@ -261,19 +263,7 @@ def load_evaluation_data(data_args: VLMDataArguments) -> LoadedData:
             path,
             ", ".join(EVALUATION_SPLITS),
         )
-    data = load_samples(
-        path,
-        format=data_args.dataset_format,
-        split=data_args.eval_split or default,
-        image_dir=data_args.image_dir,
-        prompt=data_args.prompt,
-        columns=data_args.columns or (),
-        max_bad_fraction=data_args.max_bad_fraction,
-        verify_images=data_args.verify_images,
-        max_pixels=data_args.max_pixels,
-        allow_remote_images=data_args.allow_remote_images,
-        private_image_hosts=data_args.private_image_hosts or (),
-    )
+    data = load_split(data_args, path, data_args.eval_split or default)
     return subset(data, data_args.max_eval_samples, data_args.split_seed)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from vlmtune.batching.collator import join_images, pad
 from vlmtune.batching.encode import EncodedSample, Encoder
 from vlmtune.config import GenerationArguments
+from vlmtune.data.images import TIMEOUT
 from vlmtune.data.sample import Sample
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.probe import require_sound
@@ -77,6 +78,7 @@ class AnswerGenerator:
         options: limits and sampling; greedy by default.
         share: compute each image's prefix once for all prompts about it, where the family allows.
         max_pixels: pixel limit of an image.
+        image_timeout: seconds that an image may take to be read and decoded.
         seed: of sampling; the same prompts in one call get the same answers.
     """
 
@@ -88,6 +90,7 @@ class AnswerGenerator:
         *,
         share: bool = True,
         max_pixels: int | None = None,
+        image_timeout: float = TIMEOUT,
         seed: int = 0,
     ) -> None:
         self.model = model
@@ -96,7 +99,7 @@ class AnswerGenerator:
         self.options = options or GenerationArguments()
         self.family = get_family(model)
         self.share = share and self.family.sharing
-        self.encoder = Encoder(processor, self.family, max_pixels=max_pixels)
+        self.encoder = Encoder(processor, self.family, max_pixels=max_pixels, image_timeout=image_timeout)
         self.device = next(model.parameters()).device
         self.terminators = terminators(processor, self.family)
         require_sound(model, processor, self.family)

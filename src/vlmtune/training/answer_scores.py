@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from vlmtune.config import EvaluationArguments, TrainingArguments
+from vlmtune.data.images import TIMEOUT
 from vlmtune.data.sample import Sample
 from vlmtune.errors import ConfigError, EvaluationError, nearest
 from vlmtune.evaluation.before import unscorable
@@ -43,6 +44,7 @@ class AnswerScorer:
         seed: of the draw.
         max_seconds: begin no further batch of answers after this time; ``None`` answers all.
         max_pixels: pixel limit of an image.
+        image_timeout: seconds that an image may take to be read and decoded.
 
     Attributes:
         between: called before each batch of answers; what it raises ends the scoring.
@@ -63,6 +65,7 @@ class AnswerScorer:
         seed: int = 0,
         max_seconds: float | None = None,
         max_pixels: int | None = None,
+        image_timeout: float = TIMEOUT,
     ) -> None:
         samples = scored_samples(rows)
         if not samples:
@@ -78,7 +81,7 @@ class AnswerScorer:
         if failed := unscorable(samples, metrics):
             raise EvaluationError("\n".join(failed.values()))
         self.processor, self.options = processor, options
-        self.max_seconds, self.max_pixels = max_seconds, max_pixels
+        self.max_seconds, self.max_pixels, self.image_timeout = max_seconds, max_pixels, image_timeout
         self.between: Callable[[], None] = lambda: None
         self._noted: set[str] = set()
 
@@ -96,7 +99,9 @@ class AnswerScorer:
         """
         started = time.perf_counter()
         mine = list(enumerate(self.samples))[rank::world_size]
-        generator = AnswerGenerator(model, self.processor, self.options, max_pixels=self.max_pixels)
+        generator = AnswerGenerator(
+            model, self.processor, self.options, max_pixels=self.max_pixels, image_timeout=self.image_timeout
+        )
         found: list[tuple[int, str]] = []
         size = self.options.eval_batch_size
         for start in range(0, len(mine), size):

@@ -235,6 +235,7 @@ def _answer_scorer(
         seed=data.options.split_seed,
         max_seconds=args.max_eval_seconds,
         max_pixels=data.options.max_pixels,
+        image_timeout=data.options.image_timeout,
     )
 
 
