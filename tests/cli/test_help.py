@@ -47,6 +47,13 @@ def test_train_help_shows_every_option_once_and_what_must_be_set(capsys):
     assert said.count("[required]") == 3
 
 
+def test_help_of_check_calls_nothing_required_that_is_not(capsys):
+    vlmtune("check", "--help")
+    assert "[required]" not in capsys.readouterr().out
+    vlmtune("preview", "--help")
+    assert capsys.readouterr().out.count("[required]") == 1
+
+
 def test_help_leaves_out_what_does_not_concern_a_command(capsys):
     vlmtune("evaluate", "--help")
     evaluate = capsys.readouterr().out

@@ -18,7 +18,7 @@ def estimate(argv: list[str]) -> int:
             "model's configuration alone: no weights are read, no GPU is needed.",
             classes,
             "These options of training count too: per_device_train_batch_size, gradient_accumulation_steps,\n"
-            "activation_checkpointing.",
+            "activation_checkpointing, bf16, fp16.",
         )
         return 0
     from vlmtune.config import EvaluationArguments, TrainingArguments, VLMDataArguments
@@ -60,9 +60,10 @@ def estimate(argv: list[str]) -> int:
     found = estimator.estimate(settings)
     tokens = found.image_tokens + args.text_tokens
     weights, computing = (str(dtype).removeprefix("torch.") for dtype in (estimator.number_format, estimator.autocast))
+    where = f"each of {settings.devices} devices ({settings.strategy})" if settings.devices > 1 else "one device"
     print(
-        f"{model.model_name_or_path}: {settings.batch.samples} samples of {tokens} tokens on each of "
-        f"{settings.devices} devices ({settings.strategy}), weights in {weights}"
+        f"{model.model_name_or_path}: {settings.batch.samples} samples of {tokens} tokens on "
+        f"{where}, weights in {weights}"
         f"{f', computed in {computing}' if estimator.autocast else ''}"
     )
     if size is not None:

@@ -68,20 +68,6 @@ def is_list(annotation: Any) -> bool:
     return any(_container(member) is list for member in union_members(annotation))
 
 
-def describe(annotation: Any) -> str:
-    """Return a short name of what an option takes, for the help page."""
-    members = [member for member in union_members(annotation) if member is not type(None)]
-    choices = literal_choices(annotation)
-    if choices:
-        return "|".join(choices)
-    if is_bool(annotation):
-        return "true|false"
-    names = {int: "N", float: "X", str: "TEXT"}
-    if is_list(annotation):
-        return "NAME ..."
-    return next((names[member] for member in members if member in names), "VALUE")
-
-
 def _scalar(text: str, member: Any) -> Any:
     if typing.get_origin(member) is Literal:
         return _choice(text, typing.get_args(member))

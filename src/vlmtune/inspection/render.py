@@ -35,7 +35,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         line = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in numbers.items())
         console.print(Text(f"  {section}: {line}"))
     for finding in report.sorted_findings():
-        console.print(Text.assemble("\n", (finding.level, STYLES[finding.level]), f"  {finding.text} {finding.advice}"))
+        console.print(
+            Text.assemble("\n", (finding.level, STYLES[finding.level]), f"  {finding.text} {finding.advice}".rstrip())
+        )
         for example in finding.examples[:3]:
             console.print(Text(f"    {example[:200]}", style="dim"))
     for title, histogram in report.histograms.items():
