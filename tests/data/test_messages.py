@@ -189,13 +189,13 @@ def test_a_folder_names_its_splits(messages_file: Write) -> None:
         ({"messages": ["What?", ANSWER]}, "lacks 'role' or 'content'"),
         ({"messages": []}, "has no messages"),
         ({"messages": "What?"}, "no 'messages' list"),
-        ({"text": "What?"}, "no 'messages' list"),
+        ({"text": "What?"}, r"its columns \(text\) are not such"),
         (row(5), "content 5 is neither a text nor a list"),
         (row(["What?"]), "'What\\?' is neither text nor image"),
         (row([{"type": "video", "video": "a.mp4"}]), "neither text nor image"),
         (row("What?", references=5), "references are 5"),
         (row("What?", meta="note"), "meta is 'note'"),
-        (b"[1, 2]", "no 'messages' list"),
+        (b"[1, 2]", "it is no object"),
         (b'{"messages": [', "not JSON"),
         (b"What?", "not JSON"),
         (b'{"messages": "caf\xe9"}', "not UTF-8"),
@@ -213,11 +213,14 @@ def test_bad_lines_are_set_aside_by_file_and_line(messages_file: Write, bad: Any
         load_samples(path)
 
 
-def test_repeated_ids_and_samples_are_set_aside(messages_file: Write) -> None:
-    other = row("<image>Who?", images=["0.jpg"], id="a")
-    data = load_samples(messages_file([GOOD | {"id": "a"}, other, GOOD | {"id": "c"}]), max_bad_fraction=0.7)
-    assert data.dataset["id"][:] == ["a"]
-    assert [(bad.id, bad.kind) for bad in data.quarantine.rows] == [("a", "repeated id"), ("c", "duplicate")]
+def test_repeated_samples_are_set_aside_and_repeated_ids_told_apart(messages_file: Write) -> None:
+    """In LLaVA's own files all conversations about an image have one id."""
+    others = [row(f"<image>Who {n}?", images=["0.jpg"], id="a") for n in range(3)]
+    lines = [GOOD | {"id": "a"}, others[0], GOOD | {"id": "c"}, row("<image>Why?", images=["0.jpg"], id="a#2")]
+    data = load_samples(messages_file([*lines, *others[1:]]), max_bad_fraction=0.7)
+    assert data.dataset["id"][:] == ["a", "a#3", "a#2", "a#4", "a#5"]
+    assert data.dataset.column_names == ["id", "images", "messages", "references", "meta"]
+    assert [(bad.id, bad.kind) for bad in data.quarantine.rows] == [("c", "duplicate")]
 
 
 def test_missing_and_broken_images_are_set_aside(messages_file: Write) -> None:

@@ -44,13 +44,16 @@ def test_rows_are_the_same_in_memory_and_in_a_file(at_once: int, monkeypatch: py
     dataset = made.dataset()
     assert bool(dataset.cache_files) == (at_once == 4)
     assert [Sample.from_row(row) for row in pickle.loads(pickle.dumps(dataset))][:10] == samples
-    assert made.repeats(dataset, quarantine).nonzero()[0].tolist() == [10, 11]
+    repeated = made.repeats(dataset, quarantine)
+    assert repeated.nonzero()[0].tolist() == [10]
     assert [(row.id, row.kind) for row in quarantine.rows] == [
         ("12", "unreadable row"),
         ("again", "duplicate"),
-        ("5", "repeated id"),
     ]
     assert quarantine.rows[1].reason.endswith("as 3")
+    named = made.with_own_ids(dataset, repeated)
+    assert named["id"][:] == [*map(str, range(10)), "again", "5#2"]
+    assert [Sample.from_row(row) for row in pickle.loads(pickle.dumps(named))][:10] == samples
 
 
 def test_half_a_character_in_a_file_is_set_aside(messages_file) -> None:

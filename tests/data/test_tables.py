@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlmtune.data.formats import tables
+from vlmtune.data.formats import table_files, tables
 from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.errors import DataError
@@ -99,5 +99,5 @@ def test_of_parquet_a_row_group_is_in_memory_at_a_time(tmp_path: Path) -> None:
             rows = [{"image": {"bytes": rng.bytes(size // 4)}, "text": f"{group} {n}"} for n in range(4)]
             writer.write_table(pa.Table.from_pylist(rows, schema))
     before = pa.total_allocated_bytes()
-    held = [pa.total_allocated_bytes() - before for _ in tables._batches(tmp_path / "train.parquet")]
+    held = [pa.total_allocated_bytes() - before for _ in table_files._batches(tmp_path / "train.parquet")]
     assert len(held) == groups and max(held) < 6 * size

@@ -20,7 +20,7 @@ from rich.progress import track
 from vlmtune.data import images, remote
 from vlmtune.data.boxes import BOXES, METRICS
 from vlmtune.data.formats import FORMATS, Source
-from vlmtune.data.formats.rows import renaming
+from vlmtune.data.formats.columns import renaming
 from vlmtune.data.hashes import row_hashes
 from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
@@ -134,6 +134,7 @@ def load_samples(
     if not total:
         raise DataError(f"{name} holds no samples in the format {chosen.name} ({chosen.looks_like}).")
     bad = store.repeats(dataset, quarantine)
+    dataset = store.with_own_ids(dataset, bad)
     bad |= _with_bad_images(
         dataset,
         bad,
@@ -142,7 +143,9 @@ def load_samples(
     )
     quarantine.require_below(max_bad_fraction, total, name)
     if bad.all():
-        raise DataError(f"No row of {name} can be used; all were set aside ({quarantine.summary()}).")
+        raise DataError(
+            f"No row of {name} can be used; all were set aside ({quarantine.summary()}):\n{quarantine.listed()}"
+        )
     return LoadedData(dataset.select(np.flatnonzero(~bad)) if bad.any() else dataset, quarantine, chosen.name, name)
 
 

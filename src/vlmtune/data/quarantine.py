@@ -44,6 +44,11 @@ class Quarantine:
         kinds = Counter(row.kind for row in self.rows)
         return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
+    def listed(self) -> str:
+        """The first ten rows and why, a line each."""
+        more = [f"  and {len(self.rows) - 10:,} more"] if len(self.rows) > 10 else []
+        return "\n".join([f"  {row.id}: {row.reason}" for row in self.rows[:10]] + more)
+
     def require_below(self, fraction: float, total: int, source: str) -> None:
         """Log what was set aside, and refuse too much of it.
 
@@ -57,12 +62,11 @@ class Quarantine:
         """
         if not self.rows:
             return
-        listed = "\n".join(f"  {row.id}: {row.reason}" for row in self.rows[:10])
-        more = f"\n  and {len(self.rows) - 10:,} more" if len(self.rows) > 10 else ""
+        listed = self.listed()
         if len(self.rows) > fraction * total:
             raise QuarantineError(
                 f"{len(self.rows):,} of {total:,} rows of {source} cannot be used ({self.summary()}), more than "
-                f"max_bad_fraction {fraction:g} allows:\n{listed}{more}\n"
+                f"max_bad_fraction {fraction:g} allows:\n{listed}\n"
                 "Mend or remove them, or raise max_bad_fraction to go on without them."
             )
-        logger.warning("%d of %d rows were set aside (%s):\n%s%s", len(self.rows), total, self.summary(), listed, more)
+        logger.warning("%d of %d rows were set aside (%s):\n%s", len(self.rows), total, self.summary(), listed)

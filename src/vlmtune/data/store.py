@@ -6,8 +6,10 @@ Shape legend: N rows.
 from __future__ import annotations
 
 import atexit
+import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -21,6 +23,8 @@ import pyarrow as pa
 
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample, meta_text
+
+logger = logging.getLogger("vlmtune.data")
 
 IMAGE = pa.struct({"path": pa.string(), "bytes": pa.binary()})
 PART = pa.struct({"type": pa.string(), "text": pa.string()})
@@ -83,7 +87,7 @@ class Store:
         return datasets.Dataset.from_file(str(self._path))
 
     def repeats(self, dataset: datasets.Dataset, quarantine: Quarantine) -> npt.NDArray[np.bool_]:
-        """Set aside rows that repeat the images and texts of an earlier one, or its id.
+        """Set aside rows that repeat the images and texts of an earlier one.
 
         Returns:
             (N,) which of them do.
@@ -92,18 +96,35 @@ class Store:
             return np.zeros(0, dtype=bool)
         first = _first_of(np.concatenate(self._contents))
         repeated: npt.NDArray[np.bool_] = first != np.arange(len(first))
-        reasons = {index: ("duplicate", int(first[index])) for index in np.flatnonzero(repeated).tolist()}
-        others = np.flatnonzero(~repeated)
-        first = _first_of(np.concatenate(self._ids)[others])
-        reasons |= dict.fromkeys(others[first != np.arange(len(first))].tolist(), ("repeated id", -1))
-        for index, (kind, other) in sorted(reasons.items()):
-            name = dataset[index]["id"]
-            if kind == "duplicate":
-                quarantine.add(name, kind, f"it has the same images and texts as {dataset[other]['id']}")
-            else:
-                quarantine.add(name, kind, f"another sample has the id {name!r}")
-            repeated[index] = True
+        for index in np.flatnonzero(repeated).tolist():
+            other = dataset[int(first[index])]["id"]
+            quarantine.add(dataset[index]["id"], "duplicate", f"it has the same images and texts as {other}")
         return repeated
+
+    def with_own_ids(self, dataset: datasets.Dataset, passed_over: npt.NDArray[np.bool_]) -> datasets.Dataset:
+        """Return the rows with an id of its own each: of LLaVA's, all rows about an image have one id.
+
+        Args:
+            dataset: the rows.
+            passed_over: (N,) which of them are not used.
+        """
+        places = np.flatnonzero(~passed_over)
+        first = _first_of(np.concatenate(self._ids)[places]) if self._ids else places
+        again = places[first != np.arange(len(places))].tolist()
+        if not again:
+            return dataset
+        ids = dataset["id"][:]
+        taken, counts = set(ids), Counter[str]()
+        for index in again:
+            name = ids[index]
+            while ids[index] in taken:
+                counts[name] += 1
+                ids[index] = f"{name}#{counts[name] + 1}"
+            taken.add(ids[index])
+        logger.info(
+            "%d rows have the id of another; they are called by a number besides: %s", len(again), ids[again[0]]
+        )
+        return dataset.remove_columns("id").add_column("id", ids).select_columns(SCHEMA.names)
 
 
 def table_of(samples: Sequence[Sample]) -> pa.Table:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT
+from vlmtune.data.formats.columns import IMAGE_COLUMNS
 from vlmtune.data.formats.files import RowError
 from vlmtune.data.formats.questions import question_sample
-from vlmtune.data.formats.rows import IMAGE_COLUMNS, listed_images, make_sample
+from vlmtune.data.formats.row_images import listed_images
+from vlmtune.data.formats.rows import make_sample
 from vlmtune.data.images import EXTENSIONS, check
 from vlmtune.data.remote import is_remote
 from vlmtune.data.sample import ImageRef, Message, Sample

@@ -42,20 +42,26 @@ class RowError(ValueError):
 
 
 def samples_of(
-    rows: Iterable[tuple[str, Any]], make: Callable[[str, Any], Sample], quarantine: Quarantine
+    rows: Iterable[tuple[str, Any]], make: Callable[[str, Any], Sample | list[Sample]], quarantine: Quarantine
 ) -> Iterator[Sample]:
-    """Make a sample of each (place, row), and set aside by its place what cannot become one."""
+    """Make a sample of each (place, row), or several, and set aside by its place what cannot become one."""
     for place, row in rows:
         try:
-            sample = make(place, row)
-            if problem := sample.problem():
+            made = make(place, row)
+            samples = made if isinstance(made, list) else [made]
+            if problem := next(filter(None, (sample.problem() for sample in samples)), None):
                 raise RowError(f"it {problem}")
         except RowError as error:
             quarantine.add(place, error.kind, str(error))
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             quarantine.add(place, "unreadable row", f"{str(row)[:80]!r} has another form ({type(error).__name__})")
         else:
-            yield sample
+            yield from samples
+
+
+def visible(folder: Path) -> list[Path]:
+    """Return what lies in a folder, by name, but for what systems put there unseen, such as ``._dog.jpg``."""
+    return [file for file in sorted(folder.iterdir()) if not file.name.startswith((".", "__MACOSX"))]
 
 
 def plain_name(file: Path) -> str:

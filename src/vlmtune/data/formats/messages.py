@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from vlmtune.data.formats.columns import shape_of
 from vlmtune.data.formats.row_files import row_format
-from vlmtune.data.formats.rows import shape_of
 
 
 def _wants(keys: Collection[str]) -> bool:
     # An image folder's metadata and ChartQA's rows are other formats'.
-    return shape_of(keys) not in (None, "conversations") and not {"file_name", "imgname"} & set(keys)
+    return shape_of(keys) not in (None, "conversations") and not {"file_name", "file_names", "imgname"} & set(keys)
 
 
 FORMAT = row_format(

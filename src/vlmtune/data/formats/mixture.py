@@ -18,7 +18,7 @@ import yaml
 
 from vlmtune.data import hub
 from vlmtune.data.formats.base import Format, Source
-from vlmtune.data.formats.rows import renaming
+from vlmtune.data.formats.columns import renaming
 from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample

@@ -62,7 +62,7 @@ def choice_question(question: Any, choices: Any, answer: Any, hint: Any = None) 
     Args:
         question: the question.
         choices: the options, as texts.
-        answer: the right option: its number from 0, its letter, or its text.
+        answer: the right option: its number from 0, its letter, or its text; the number may be a text (AI2D).
         hint: a context that stands before the question.
 
     Raises:
@@ -80,6 +80,8 @@ def choice_question(question: Any, choices: Any, answer: Any, hint: Any = None) 
         letter = letters[options.index(answer)]
     elif isinstance(answer, str) and len(answer) == 1 and answer.upper() in letters:
         letter = answer.upper()
+    elif isinstance(answer, str) and answer.isdecimal() and int(answer) < len(options):
+        letter = letters[int(answer)]
     else:
         raise RowError(f"its answer {answer!r} is none of its {len(options)} choices")
     lines = [_text(question), *(f"{letter}. {text}" for letter, text in zip(letters, options, strict=True)), BY_LETTER]

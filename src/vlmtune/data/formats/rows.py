@@ -1,69 +1,56 @@
-"""One row, whatever its columns, to a sample: what JSON lines, lists, tables and image folders share.
+"""One row, whatever its columns, to samples: what JSON lines, lists, tables and image folders share.
 
-Columns, the first that fit: ``messages``; ``conversations`` (LLaVA and ShareGPT: ``from`` and ``value``); ``prompt``
-and ``completion`` (TRL); ``texts`` (the Cauldron: ``user`` and ``assistant``); ``question`` with ``answer`` or
-``answers`` (and ``choices``); ``objects`` with ``bbox`` and their labels, boxes as COCO has them (imagefolder, many
-data sets on the Hub); ``bbox`` with ``sent``, ``expression`` or ``phrase`` (RefCOCO as Shikra, Qwen-VL and InternVL
-write it: left, top, right, bottom); ``text`` or ``caption``. Images stand in ``images``, ``image``, ``image_path`` or
-``file_name``, ``img_path``.
+Columns, the first that fit:
+
+* ``messages`` (``role`` and ``content``); ``conversations`` (LLaVA and ShareGPT: ``from`` and ``value``);
+  ``conversation`` (ms-swift: ``human`` and ``assistant``)
+* a prompt and an answer: ``prompt`` and ``completion`` (TRL), ``prefix`` and ``suffix`` (PaliGemma), ``query`` and
+  ``response`` (ms-swift), ``instruction``, ``input`` and ``output`` (Alpaca), with ``system`` and ``history``
+* ``texts`` (the Cauldron: ``user`` and ``assistant``)
+* ``question`` or ``query`` with ``answer``, ``answers`` or ``label`` (and ``choices`` or ``options``)
+* ``objects`` with ``bbox`` and their labels, boxes as COCO has them (imagefolder, many data sets on the Hub); ``bbox``
+  with ``sent``, ``expression`` or ``phrase`` (RefCOCO as Shikra, Qwen-VL and InternVL write it)
+* ``ground_truth`` (Donut, CORD: JSON of ``gt_parse``)
+* ``caption``, ``captions``, ``text`` or ``sentences``; of several, each is a sample
 """
 
 from __future__ import annotations
 
-import base64
+import ast
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from vlmtune.data.boxes import MOST_LABELS, BoxError, box_of, boxes_sample
 from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT, LABELS, PHRASE, Source, own_prompt
+from vlmtune.data.formats.columns import (
+    CAPTION_COLUMNS,
+    CHOICE_COLUMNS,
+    PHRASE_COLUMNS,
+    QUESTION_COLUMNS,
+    TURN_COLUMNS,
+    gathered,
+    pair_of,
+    renamed,
+    shape_of,
+)
 from vlmtune.data.formats.files import RowError
 from vlmtune.data.formats.questions import LETTERS, choice_question, question_sample
-from vlmtune.data.sample import ROLES, ImageRef, Message, Part, Sample
-from vlmtune.errors import DataError, nearest
+from vlmtune.data.formats.row_images import listed_images
+from vlmtune.data.formats.swift_boxes import BOX_PLACES, placed_boxes_sample
+from vlmtune.data.formats.turns import PLACE, conversation_sample, pair_turns, turns_of
+from vlmtune.data.sample import ImageRef, Sample
 
-PLACE = "<image>"
-# Names that other tools write for the same roles.
-ROLE_NAMES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "model": "assistant"}
-IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", "img_path")
-PHRASE_COLUMNS = ("sent", "expression", "phrase")
+# Asked where the answer is a document's contents as JSON.
+PARSE_PROMPT = "Give the contents of this document as JSON."
 LABEL_FIELDS = ("category", "categories", "label", "labels", "category_id", "name")
-CAPTION_COLUMNS = ("caption", "captions", "text")
-# All that a row may have.
-COLUMNS = (
-    *("messages", "conversations", "system", "prompt", "completion", "texts", "question", "answer", "answers"),
-    *("choices", "hint", "multiple_choice_answer", "objects", "bbox", "width", "height", "id", "references", "meta"),
-    *(*IMAGE_COLUMNS, *PHRASE_COLUMNS, *CAPTION_COLUMNS),
-)
 
 
-def shape_of(columns: Collection[str]) -> str | None:
-    """Return which kind of row has these columns: the column that says so, or ``None``."""
-    has_image = any(name in columns for name in IMAGE_COLUMNS)
-    if "messages" in columns or "conversations" in columns:
-        return "messages" if "messages" in columns else "conversations"
-    if "prompt" in columns and "completion" in columns:
-        return "completion"
-    if "texts" in columns and has_image:
-        return "texts"
-    if "question" in columns and ("answer" in columns or "answers" in columns):
-        return "question"
-    if has_image and "objects" in columns:
-        return "objects"
-    if has_image and "bbox" in columns and any(name in columns for name in PHRASE_COLUMNS):
-        return "bbox"
-    # A row with a number of a question and a text asks something; its text is no caption.
-    if has_image and "question_id" not in columns:
-        return next((name for name in CAPTION_COLUMNS if name in columns), None)
-    return None
-
-
-def make_sample(
+def make_samples(
     row: Any, default_id: str, images: Path, source: Source | None = None, *, labels: Sequence[str] = ()
-) -> Sample:
-    """Make a sample of a row.
+) -> list[Sample]:
+    """Make the samples of a row: one, but where an image has several captions one of each.
 
     Args:
         row: an object of any of the shapes above.
@@ -76,10 +63,32 @@ def make_sample(
         RowError: the row has none of the shapes, or what it holds cannot be used.
     """
     if not isinstance(row, Mapping):
-        raise RowError("it has no 'messages' list, nor columns that vlmtune knows: it is no object")
+        raise RowError(f"it is {str(row)[:60]!r}: it is no object")
+    row = gathered(renamed(row, source.columns) if source and source.columns else row)
+    shape = shape_of([name for name, value in row.items() if value is not None])
+    if shape not in CAPTION_COLUMNS or not isinstance(row[shape], list) or len(row[shape]) < 2:
+        return [make_sample(row, default_id, images, source, labels=labels)]
+    texts = [_caption(text) for text in row[shape]]
+    if not all(texts):
+        raise RowError("one of its captions is empty", "empty caption")
+    name = default_id if row.get("id") is None else str(row["id"])
+    whole = {"references": list(dict.fromkeys(texts))} | dict(row)
+    return [
+        make_sample(whole | {shape: text, "id": f"{name}#{number}"}, default_id, images, source)
+        for number, text in enumerate(texts)
+    ]
+
+
+def make_sample(
+    row: Mapping[str, Any],
+    default_id: str,
+    images: Path,
+    source: Source | None = None,
+    *,
+    labels: Sequence[str] = (),
+) -> Sample:
+    """Make the one sample of a row; as :func:`make_samples`, which renames and gathers columns before."""
     prompt = source.prompt if source else None
-    if source and source.columns:
-        row = _renamed(row, source.columns)
     shape = shape_of([name for name, value in row.items() if value is not None])
     name = default_id if row.get("id") is None else str(row["id"])
     if shape == "question":
@@ -88,93 +97,100 @@ def make_sample(
         return _objects(row, name, images, prompt, labels)
     if shape == "bbox":
         return _grounding(row, name, images, prompt)
+    if shape is None:
+        raise _unknown(row)
+    turns: Any
     if shape in CAPTION_COLUMNS:
         given = row[shape]
-        texts = [str(text).strip() for text in (given if isinstance(given, list) else [given])]
-        if not texts or not all(texts):
+        text = _caption(given[0] if isinstance(given, list) and given else given)
+        if not text:
             raise RowError("its caption is empty", "empty caption")
-        turns: Any = _turns(own_prompt(prompt, "") or DEFAULT_CAPTION_PROMPT, texts[0])
-        row = {"references": list(dict.fromkeys(texts))} | dict(row)
+        turns = pair_turns(own_prompt(prompt, "") or DEFAULT_CAPTION_PROMPT, text)
+    elif shape == "ground_truth":
+        turns = pair_turns(own_prompt(prompt, "") or PARSE_PROMPT, _parse(row[shape]))
     elif shape == "completion":
-        turns = _turns(row["prompt"], row["completion"])
-    elif shape == "texts":
-        pairs = row["texts"]
-        if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
-            raise RowError(f"its texts are {str(pairs)[:80]!r}, not a list of 'user' and 'assistant'")
-        turns = [turn for pair in pairs for turn in _turns(pair.get("user"), pair.get("assistant"))]
-    elif shape == "conversations":
-        turns = [_turn(turn) for turn in row["conversations"]] if isinstance(row["conversations"], list) else None
-        system = row.get("system")
-        if turns is not None and isinstance(system, str) and system.strip():
-            turns = [{"role": "system", "content": system}, *turns]
+        turns = _pair(row)
     else:
-        turns = row.get("messages")
-    if not isinstance(turns, list):
-        raise RowError(f"it has no {shape or 'messages'!r} list, nor other columns that vlmtune knows")
-    return _conversation(row, turns, name, images)
+        turns = turns_of(row[shape], row.get("system"))
+    if turns is None or (shape == "texts" and not all(isinstance(turn, Mapping) for turn in turns)):
+        raise RowError(f"its {shape} are {str(row[shape])[:80]!r}: it has no {shape!r} list")
+    meta = _meta(row)
+    if shape in TURN_COLUMNS and any(place in str(turns) for place in BOX_PLACES) and row.get("objects"):
+        return placed_boxes_sample(row["objects"], turns, name, listed_images(row, images), _size(row), meta)
+    return conversation_sample(row, turns, name, images, meta)
 
 
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if lacking := next((theirs for theirs in columns.values() if theirs not in row), None):
-        raise RowError(f"it has no column {lacking!r}.{nearest(lacking, row)}")
-    others = {name: value for name, value in row.items() if name not in columns.values()}
-    return others | {ours: row[theirs] for ours, theirs in columns.items()}
+def _unknown(row: Mapping[str, Any]) -> RowError:
+    shape = shape_of(row)
+    if shape in CAPTION_COLUMNS:
+        return RowError("its caption is empty", "empty caption")
+    if shape is not None:
+        return RowError(f"it has no {' and no '.join(name for name in row if row[name] is None)}", "empty text")
+    listed = ", ".join(str(column)[:30] for column in list(row)[:12]) or "none"
+    return RowError(f"its columns ({listed}) are not such that vlmtune knows; say by 'columns' what they are")
 
 
-def renaming(columns: Sequence[str]) -> dict[str, str]:
-    """Read ``OURS=THEIRS`` pairs to name -> the data's column.
-
-    Raises:
-        DataError: one is no pair, or names nothing that rows may have.
-    """
-    found = {}
-    for pair in columns:
-        ours, equals, theirs = str(pair).partition("=")
-        if not equals or not theirs:
-            raise DataError(f"columns has {pair!r}; write NAME=COLUMN, such as image=photo")
-        if ours not in COLUMNS:
-            raise DataError(f"columns: {ours!r} is not a column that vlmtune reads.{nearest(ours, COLUMNS)}")
-        found[ours] = theirs
-    return found
+def _caption(value: Any) -> str:
+    # Karpathy's sentences are objects.
+    text = value.get("raw") if isinstance(value, Mapping) else value
+    return "" if text is None else str(text).strip()
 
 
-def listed_images(row: Mapping[str, Any], images: Path) -> list[ImageRef]:
-    """Return the images of a row's own columns, in order.
-
-    Raises:
-        RowError: one is neither a path, nor an address of a file, nor bytes.
-    """
-    found = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None) or []
-    return [_image(item, images) for item in (found if isinstance(found, list) else [found])]
-
-
-def _turns(question: Any, answer: Any) -> list[Any]:
-    """Join a prompt and an answer, each a text or a list of messages already."""
-    asked = question if isinstance(question, list) else [{"role": "user", "content": question}]
-    said = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    return [*asked, *said]
+def _parse(value: Any) -> str:
+    """The answer that a document's ground truth is: its ``gt_parse``, else the text itself."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return str(value)
+    parse = found.get("gt_parse", found) if isinstance(found, Mapping) else found
+    return json.dumps(parse, ensure_ascii=False)
 
 
-def _turn(turn: Any) -> Any:
-    if isinstance(turn, Mapping) and "from" in turn:
-        return {"role": turn["from"], "content": turn.get("value")}
-    return turn
+def _pair(row: Mapping[str, Any]) -> list[Any]:
+    asked, said = pair_of([name for name, value in row.items() if value is not None]) or ("prompt", "completion")
+    question = row[asked]
+    if isinstance(question, str) and asked == "instruction" and str(row.get("input") or "").strip():
+        question = f"{question}\n{row['input']}"
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError(f"its history is {str(history)[:60]!r}, not a list of pairs")
+    before = [turn for pair in history for turn in pair_turns(*pair)]
+    return turns_of([*before, *pair_turns(question, row[said])], row.get("system")) or []
 
 
 def _question(row: Mapping[str, Any], name: str, images: Path, prompt: str | None) -> Sample:
     refs = listed_images(row, images)
     meta = _meta(row)
-    if row.get("choices"):
-        question, letter, letters = choice_question(row["question"], row["choices"], row.get("answer"), row.get("hint"))
-        return question_sample(name, refs, question, [letter], prompt=prompt, meta={**meta, LETTERS: letters})
+    asked = next(row[column] for column in QUESTION_COLUMNS if row.get(column) is not None)
+    if isinstance(asked, Mapping):
+        # The same in several languages.
+        asked = asked.get("en", next(iter(asked.values()), None))
     answer, answers = row.get("answer"), row.get("answers")
+    if answer is None and answers is None:
+        answer = row.get("label")
+    choices = next((row[column] for column in CHOICE_COLUMNS if row.get(column)), None)
+    if choices:
+        if isinstance(choices, str):
+            choices = _literal(choices)
+        question, letter, letters = choice_question(asked, choices, answer, row.get("hint"))
+        return question_sample(name, refs, question, [letter], prompt=prompt, meta={**meta, LETTERS: letters})
+    # Of documents, the answer and where it stands.
+    answer, answers = (one.get("text", one) if isinstance(one, Mapping) else one for one in (answer, answers))
     if answers is None and isinstance(answer, list):
         answer, answers = None, answer
     given = answers if isinstance(answers, list) else [answer if answers is None else answers]
     texts = [item.get("answer") if isinstance(item, Mapping) else item for item in given]
-    question = str(row["question"]).replace(PLACE, "").strip("\n") if refs else row["question"]
+    question = str(asked).replace(PLACE, "").strip("\n") if refs else asked
     target = row.get("multiple_choice_answer", answer)
     return question_sample(name, refs, question, texts, target=target, prompt=prompt, meta=meta)
+
+
+def _literal(text: str) -> Any:
+    """A list that was written as text, by Python or as JSON (MMMU, CSV)."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
 
 
 def _objects(row: Mapping[str, Any], name: str, images: Path, prompt: str | None, labels: Sequence[str]) -> Sample:
@@ -244,108 +260,3 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(meta, Mapping):
         raise RowError(f"its meta is {meta!r}, not an object")
     return dict(meta)
-
-
-def _conversation(row: Mapping[str, Any], turns: list[Any], name: str, images: Path) -> Sample:
-    pending = listed_images(row, images)
-    # Where the parts name the images' places, all of them, "<image>" in a text is only a text.
-    places = [part for message in turns for part in _image_parts(message)]
-    marks = not places or (bool(pending) and len(places) != len(pending))
-    messages, used = [], list[ImageRef]()
-    for message in turns:
-        messages.append(_message(message, pending, used, images, marks))
-    if pending:
-        first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
-        if used or first is None:
-            raise RowError(f"{len(pending)} image(s) in 'images' have no place in the messages")
-        unplaced = tuple(Part("image") for _ in pending)
-        messages[first] = Message(messages[first].role, unplaced + messages[first].parts)
-        used = pending
-    references = row.get("references") or ()
-    if isinstance(references, str):
-        references = (references,)
-    if not isinstance(references, list | tuple):
-        raise RowError(f"its references are {references!r}, neither a text nor a list of texts")
-    meta = _meta(row)
-    last = messages[-1] if messages else None
-    if not references and last is not None and last.role == "assistant":
-        references = (last.text.strip(),)
-    sample = Sample(
-        id=name,
-        images=tuple(used),
-        messages=tuple(messages),
-        references=tuple(str(text) for text in references),
-        meta=meta,
-    )
-    if problem := sample.problem():
-        raise RowError(f"it {problem}")
-    return sample
-
-
-def _image_parts(message: Any) -> list[Any]:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    parts = content if isinstance(content, list) else []
-    return [part for part in parts if isinstance(part, Mapping) and part.get("type") in ("image", "image_url")]
-
-
-def _message(message: Any, pending: list[ImageRef], used: list[ImageRef], images: Path, marks: bool) -> Message:
-    if not isinstance(message, Mapping) or "role" not in message or message.get("content") is None:
-        raise RowError("a message lacks 'role' or 'content'")
-    role = ROLE_NAMES.get(str(message["role"]))
-    if role is None:
-        raise RowError(f"the role {message['role']!r} is unknown (use {', '.join(ROLES)})")
-    parts: list[Part] = []
-
-    def place(image: ImageRef | None = None) -> None:
-        if image is None:
-            if not pending:
-                raise RowError("it has more image places than images")
-            image = pending.pop(0)
-        used.append(image)
-        parts.append(Part("image"))
-
-    def text(value: str) -> None:
-        for index, piece in enumerate(value.split(PLACE) if marks else [value]):
-            if index:
-                place()
-            if piece.strip():
-                parts.append(Part("text", piece.strip("\n") if marks and PLACE in value else piece))
-
-    content = message["content"]
-    if not isinstance(content, str | list):
-        raise RowError(f"the content {content!r} is neither a text nor a list of parts")
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            text(str(part.get("text") or ""))
-        elif kind in ("image", "image_url"):
-            named = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None)
-            place(None if named is None else _image(named, images))
-        else:
-            raise RowError(f"the content part {part!r} is neither text nor image")
-    return Message(role, tuple(parts))  # type: ignore[arg-type]
-
-
-def _image(item: Any, images: Path) -> ImageRef:
-    if isinstance(item, Mapping):
-        item = item.get("bytes") or item.get("url") or item.get("path")
-    if isinstance(item, bytes):
-        # Without the name it had: tables give all their images one name, and images are told apart by content.
-        return ImageRef(bytes=item)
-    if not isinstance(item, str) or not item:
-        raise RowError(f"the image {item!r} is not a path")
-    try:
-        scheme = urlsplit(item).scheme if ":" in item[:10] else ""
-    except ValueError as error:
-        raise RowError(f"the image {item[:80]!r} is neither a path nor an address ({error})") from error
-    if scheme in ("http", "https"):
-        return ImageRef(path=item)
-    if scheme == "file":
-        return ImageRef(path=unquote(urlsplit(item).path))
-    if scheme == "data":
-        try:
-            return ImageRef(bytes=base64.b64decode(item.partition(",")[2], validate=True))
-        except ValueError as error:
-            raise RowError(f"the image's data address is not base64 ({error})") from error
-    path = Path(item).expanduser()
-    return ImageRef(path=str(path if path.is_absolute() else images / path))

@@ -17,8 +17,9 @@ from typing import Any
 from vlmtune.data import archives
 from vlmtune.data.archives import Member
 from vlmtune.data.formats.base import Format, Source
-from vlmtune.data.formats.files import RowError, chosen, id_prefix, samples_of, shard_split
-from vlmtune.data.formats.rows import IMAGE_COLUMNS, make_sample, shape_of
+from vlmtune.data.formats.columns import IMAGE_COLUMNS, shape_of
+from vlmtune.data.formats.files import RowError, chosen, id_prefix, samples_of, shard_split, visible
+from vlmtune.data.formats.rows import make_samples
 from vlmtune.data.images import EXTENSIONS
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -49,8 +50,8 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
 def _load_shard(shard: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     images = source.image_dir or shard.parent
 
-    def make(_: str, item: tuple[str, Any]) -> Sample:
-        return make_sample(item[1], f"{prefix}{item[0]}", images, source)
+    def make(_: str, item: tuple[str, Any]) -> list[Sample]:
+        return make_samples(item[1], f"{prefix}{item[0]}", images, source)
 
     yield from samples_of(_rows(shard, quarantine), make, quarantine)
 
@@ -58,7 +59,8 @@ def _load_shard(shard: Path, prefix: str, source: Source, quarantine: Quarantine
 def _rows(shard: Path, quarantine: Quarantine) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Yield the place, the default id and the content of every row of a shard."""
     with shard.open("rb") as file:
-        for key, members in groupby(archives.tar_members(shard), key=lambda member: _parts(member.name)[0]):
+        shown = (member for member in archives.tar_members(shard) if not _hidden(member.name))
+        for key, members in groupby(shown, key=lambda member: _parts(member.name)[0]):
             place = f"{shard.name}, {key}"
             try:
                 rows = _rows_of(list(members), file)
@@ -125,10 +127,17 @@ def _parts(name: str) -> tuple[str, str]:
     return name[: len(name) - len(base)].removeprefix("./") + stem, kind.lower()
 
 
+def _hidden(name: str) -> bool:
+    """Whether a system put a file there unseen: ``._dog.jpg``, ``.DS_Store``."""
+    return PurePosixPath(name).name.startswith(".")
+
+
 def _holds_samples(shard: Path) -> bool:
     kinds: dict[str, set[str]] = {}
     try:
         for number, member in enumerate(archives.tar_members(shard)):
+            if _hidden(member.name):
+                continue
             key, kind = _parts(member.name)
             kinds.setdefault(key, set()).add(kind)
             if "json" in kinds[key] or not kinds[key].isdisjoint(TEXTS):
@@ -146,7 +155,7 @@ def _shards(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         return {"": [path]} if path.suffix.lower() == ".tar" else {}
     found: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()) if path.is_dir() else []:
+    for file in visible(path) if path.is_dir() else []:
         if file.suffix.lower() == ".tar" and file.is_file():
             found.setdefault(shard_split(file), []).append(file)
     return found
