@@ -18,11 +18,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import load_samples
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.errors import DataError, VlmtuneError
 
-EXAMPLES = 15
+EXAMPLES, MANY_EXAMPLES = 15, 200
 MILLION = 1_000_000
 TEXTS = st.one_of(
     st.text(max_size=8),
@@ -56,7 +57,10 @@ def json_file(place: Path, name: str, content: Any) -> None:
 
 BOX = st.one_of(st.just([1, 2, 20, 20]), st.lists(st.one_of(st.floats(), st.integers(), st.none()), max_size=5))
 CHOICES = st.one_of(st.just(["a", "b"]), st.lists(TEXTS, max_size=3))
-ANSWERS = st.lists(st.one_of(TEXTS, st.fixed_dictionaries({"answer": TEXTS})), max_size=3)
+SENTENCES = st.lists(row(sent=TEXTS, sent_id=NUMBERS), max_size=2)
+OBJECTS = st.lists(row(id=NUMBERS, image_id=NUMBERS, bbox=BOX, category_id=NUMBERS, iscrowd=NUMBERS), max_size=4)
+KINDS = st.lists(row(id=NUMBERS, name=TEXTS), max_size=2)
+SHARD_ROWS = st.one_of(row(question=TEXTS, answer=TEXTS), row(caption=TEXTS), WRONG)
 # Format -> a row of its files.
 ROWS: dict[str, st.SearchStrategy[Any]] = {
     "coco_captions": row(id=NUMBERS, image_id=NUMBERS, caption=TEXTS),
@@ -67,54 +71,79 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
     "scienceqa": row(question=TEXTS, choices=CHOICES, answer=NUMBERS, hint=TEXTS, image=NAMES, split=TEXTS),
     "easy_vqa": st.one_of(st.tuples(TEXTS, TEXTS, NUMBERS), st.lists(WRONG, max_size=4), WRONG),
     "llava": row(id=TEXTS, image=NAMES, conversations=st.lists(row(**{"from": TEXTS, "value": TEXTS}), max_size=3)),
-    "refcoco": row(ref_id=NUMBERS, ann_id=NUMBERS, image_id=NUMBERS, split=TEXTS, sentences=st.just([{"sent": "it"}])),
+    "refcoco": row(ref_id=NUMBERS, ann_id=NUMBERS, image_id=NUMBERS, split=TEXTS, sentences=SENTENCES),
+    "mdetr": row(id=NUMBERS, file_name=NAMES, caption=TEXTS),
     "flickr": st.tuples(NAMES, TEXTS),
-    "imagefolder": row(file_name=NAMES, text=TEXTS),
+    "karpathy": row(filename=NAMES, split=TEXTS, sentences=st.lists(row(raw=TEXTS), max_size=3)),
+    "imagefolder": row(file_name=NAMES, text=st.one_of(TEXTS, st.lists(TEXTS, max_size=3))),
     "metadata_csv": st.tuples(NAMES, TEXTS),
+    "csv": st.tuples(NAMES, TEXTS, TEXTS),
     "tables": st.fixed_dictionaries({"image": st.one_of(st.none(), NAMES), "text": st.one_of(st.none(), TEXTS)}),
-    "webdataset": st.one_of(row(question=TEXTS, answer=TEXTS), row(caption=TEXTS), st.binary(max_size=9)),
-    "image_text_pairs": st.binary(max_size=9),
+    "captions": row(image=NAMES, captions=st.lists(TEXTS, max_size=3)),
+    "webdataset": st.one_of(SHARD_ROWS, st.lists(SHARD_ROWS, max_size=3), st.binary(max_size=9)),
+    "image_text_pairs": st.tuples(
+        st.sampled_from(["0", "cut", "page", "bomb", "猫", "t1", "t2"]), st.binary(max_size=9)
+    ),
+}
+FORMAT_OF = {
+    "mdetr": "refcoco",
+    "karpathy": "flickr",
+    "metadata_csv": "imagefolder",
+    "csv": "tables",
+    "captions": "messages",
 }
 
 
-def write(place: Path, format: str, rows: list[Any]) -> int | None:
-    """Write rows into a folder of images; returns how many samples there are to account for, or that nobody knows."""
+def write(place: Path, format: str, rows: list[Any], draw: Callable[[st.SearchStrategy[Any]], Any]) -> int:
+    """Write rows into a folder of images; returns how many are to be accounted for, as the format counts rows."""
     if format == "coco_captions":
         json_file(place, "captions_val.json", {"images": [{"id": 0, "file_name": "0.jpg"}, 1], "annotations": rows})
         # The second image, which is no row, is named beside the captions.
-        return None
-    if format == "coco_instances":
-        boxes = [{"image_id": 0, "bbox": [1, 2, 20, 20], "category_id": 1, "iscrowd": 0}]
-        content = {"images": rows, "annotations": boxes, "categories": [{"id": 1, "name": "dog"}]}
-        json_file(place, "instances_val.json", content)
-    elif format == "docvqa":
-        json_file(place, "val_v1.0.json", {"data": rows})
-    elif format == "chartqa":
-        json_file(place, "val_human.json", rows)
-    elif format == "vqav2":
-        json_file(place, "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": rows})
-    elif format == "scienceqa":
-        json_file(place, "problems.json", dict(enumerate(rows)))
-    elif format == "easy_vqa":
-        json_file(place, "questions.json", rows)
-    elif format == "llava":
-        json_file(place, "chat.json", rows)
-    elif format == "refcoco":
-        images = [{"id": 0, "file_name": "0.jpg", "width": 64, "height": 48}]
-        json_file(place, "instances.json", {"images": images, "annotations": [{"id": 0, "bbox": [1, 2, 20, 20]}]})
+        return len(rows) + 1
+    if format in ("coco_instances", "mdetr"):
+        boxes = draw(OBJECTS)
+        known = {one["id"] for one in rows if isinstance(one, dict) and isinstance(one.get("id"), int | str)}
+        of_image = [one.get("image_id") if isinstance(one, dict) else None for one in boxes]
+        json_file(
+            place,
+            "instances_val.json" if format == "coco_instances" else "finetune_refcoco_val.json",
+            {"images": rows, "annotations": boxes, "categories": draw(KINDS), "tokens_positive": []},
+        )
+        # An image is a row; objects of no image are named beside them.
+        return len(rows) + sum(not isinstance(one, int | str) or one not in known for one in of_image)
+    if format == "refcoco":
+        images = [{"id": 0, "file_name": "0.jpg", "width": 64, "height": 48}, *draw(st.lists(WRONG, max_size=1))]
+        json_file(place, "instances.json", {"images": images, "annotations": [{"id": 0, "bbox": [1, 2, 20, 20]}, []]})
         (place / "refs(unc).p").write_bytes(pickle.dumps(rows, protocol=2))
-    elif format in ("flickr", "metadata_csv"):
-        name, header = ("captions.csv", "image,caption") if format == "flickr" else ("metadata.csv", "file_name,text")
+        return sum(max(len(listed(one, "sentences")), 1) for one in rows)
+    if format == "karpathy":
+        json_file(place, "dataset.json", {"images": rows, "sentids": []})
+        named = [one for one in rows if isinstance(one, dict) and isinstance(one.get("filename"), str)]
+        return len(rows) + sum(max(len(listed(one, "sentences")) - 1, 0) for one in named)
+    if format == "image_text_pairs":
+        texts = dict(rows)
+        for stem, content in texts.items():
+            (place / f"{stem}.txt").write_bytes(content)
+        stems = {file.stem for file in place.iterdir() if file.suffix in (".jpg", ".png")}
+        return len(stems | texts.keys())
+    if format in ("flickr", "metadata_csv", "csv"):
+        name, header = {
+            "flickr": ("captions.csv", "image,caption"),
+            "metadata_csv": ("metadata.csv", "file_name,text"),
+            "csv": ("train.csv", "image,question,answer"),
+        }[format]
         buffer = io.StringIO(header + "\n")
         buffer.seek(0, io.SEEK_END)
-        csv.writer(buffer, lineterminator="\n").writerows(rows)
+        csv.writer(buffer, lineterminator="\r\n").writerows(rows)
         (place / name).write_bytes(buffer.getvalue().encode("utf-8", "surrogatepass"))
-        # What the reader makes of line breaks and quotes decides how many rows there are.
-        return None
-    elif format == "imagefolder":
-        lines = [json.dumps(one) for one in rows]
-        (place / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    elif format == "tables":
+        return len(rows)
+    if format == "imagefolder":
+        (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return sum(captions_of(one, "file_name", "text") for one in rows)
+    if format == "captions":
+        (place / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return sum(captions_of(one, "image", "captions") for one in rows)
+    if format == "tables":
         plain = [{name: None if "\ud800" in (value or "") else value for name, value in one.items()} for one in rows]
         pq.write_table(pa.Table.from_pylist(plain), place / "train.parquet")
     elif format == "webdataset":
@@ -125,12 +154,31 @@ def write(place: Path, format: str, rows: list[Any]) -> int | None:
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
         # A list in a .json is as many rows as it has.
-        return None if any(isinstance(one, list) for one in rows) else len(rows)
+        return sum(max(len(one), 1) if isinstance(one, list) else 1 for one in rows)
+    elif format == "easy_vqa":
+        json_file(place, "questions.json", rows)
     else:
-        for number, content in enumerate(rows):
-            (place / f"t{number}.txt").write_bytes(content)
-        return None
+        name, content = {
+            "docvqa": ("val_v1.0.json", {"data": rows}),
+            "chartqa": ("val_human.json", rows),
+            "vqav2": ("v2_OpenEnded_mscoco_val2014_questions.json", {"questions": rows}),
+            "scienceqa": ("problems.json", dict(enumerate(rows))),
+            "llava": ("chat.json", rows),
+        }[format]
+        json_file(place, name, content)
     return len(rows)
+
+
+def listed(one: Any, key: str) -> list[Any]:
+    found = one.get(key) if isinstance(one, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def captions_of(one: Any, image: str, text: str) -> int:
+    """As many rows as an image has captions, but one where the row cannot be used whatever the image."""
+    found = listed(one, text)
+    named = isinstance(one, dict) and isinstance(one.get(image), str) and one[image] and "[e" not in one[image]
+    return len(found) if named and len(found) > 1 and all(str(item or "").strip() for item in found) else 1
 
 
 @pytest.fixture
@@ -156,40 +204,58 @@ def place(tmp_path: Path, image_folder: Path) -> Callable[[], Path]:
     return make
 
 
+def test_every_format_has_generated_rows() -> None:
+    assert {FORMAT_OF.get(name, name) for name in ROWS} | {"mixture"} == set(FORMATS)
+
+
 @pytest.mark.parametrize("format", ROWS)
 def test_rows_of_every_format_are_trained_on_or_named(
     place: Callable[[], Path], format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    account(place, format, monkeypatch, EXAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ROWS)
+def test_many_rows_of_every_format_are_trained_on_or_named(
+    place: Callable[[], Path], format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account(place, format, monkeypatch, MANY_EXAMPLES)
+
+
+def account(place: Callable[[], Path], format: str, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
+    """Count rows in, and those trained on or set aside, over generated files."""
     ended = []
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+        max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
     )
-    @given(rows=st.lists(ROWS[format], min_size=1, max_size=6))
-    def check(rows: list[Any]) -> None:
+    @given(rows=st.lists(ROWS[format], min_size=1, max_size=6), draw=st.data())
+    def check(rows: list[Any], draw: Any) -> None:
         folder = place()
-        expected = write(folder, format, rows)
+        # Repeated rows are named as such.
+        expected = write(folder, format, rows * 2 if len(rows) == 3 else rows, draw.draw)
         known: list[Quarantine] = []
         monkeypatch.setattr(Quarantine, "require_below", lambda quarantine, *_: known.append(quarantine))
         try:
-            name = {"metadata_csv": "imagefolder"}.get(format, format)
-            data = load_samples(folder, format=name, max_bad_fraction=1, verify_images="full")
+            data = load_samples(folder, format=FORMAT_OF.get(format, format), max_bad_fraction=1, verify_images="full")
         except VlmtuneError as error:
             ended.append("error")
             assert str(error)
-            if "all were set aside" in str(error) and expected is not None:
+            if "all were set aside" in str(error):
                 assert len(known[-1]) == expected
             return
         ended.append("data")
         bad = data.quarantine.rows
         assert len(data.dataset) and all(row.id and row.kind and row.reason for row in bad)
-        assert expected is None or len(data.dataset) + len(bad) == expected
+        assert len(data.dataset) + len(bad) == expected
+        assert len(set(data.dataset["id"][:])) == len(data.dataset)
         for one in data.dataset:
             for image in one["images"]:
                 assert Path(image["path"]).resolve().parent in (folder.resolve(), Path("/etc"))
 
     check()
-    assert len(ended) >= EXAMPLES // 2
+    assert len(ended) >= examples // 2
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlmtune.data.boxes import read_boxes
 from vlmtune.data.formats import table_files, tables
 from vlmtune.data.loading import load_samples
 from vlmtune.data.sample import ImageRef, Sample
@@ -101,3 +102,29 @@ def test_of_parquet_a_row_group_is_in_memory_at_a_time(tmp_path: Path) -> None:
     before = pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in table_files._batches(tmp_path / "train.parquet")]
     assert len(held) == groups and max(held) < 6 * size
+
+
+@pytest.mark.parametrize("where", ["column", "objects"])
+def test_labels_of_no_class_are_set_aside(layouts: Any, tmp_path: Path, where: str) -> None:
+    """-1 is how data sets of the Hub are published without their labels; it is not the last class."""
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    numbers = [1, -1, 0, 2]
+    images = [{"bytes": layouts.image(number), "path": None} for number in range(4)]
+    if where == "column":
+        features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": names})
+        content = {"image": images, "question": ["What is it?"] * 4, "answer": numbers}
+    else:
+        box = datasets.List(datasets.Value("float32"), length=4)
+        features = datasets.Features(
+            {"image": datasets.Image(), "objects": {"bbox": datasets.List(box), "category": datasets.List(names)}}
+        )
+        objects = [{"bbox": [[1, 2, 20, 20]], "category": [number]} for number in numbers]
+        content = {"image": images, "objects": objects}
+    table = pa.Table.from_pydict(content, schema=features.arrow_schema)
+    pq.write_table(table, tmp_path / "train.parquet")
+    data = load_samples(tmp_path, max_bad_fraction=0.5)
+    samples = [Sample.from_row(row) for row in data.dataset]
+    labels = [sample.target if where == "column" else read_boxes(sample.target or "")[0].label for sample in samples]
+    assert labels == ["dog", "cat"]
+    assert [row.id for row in data.quarantine.rows] == ["train.parquet, row 1", "train.parquet, row 3"]
+    assert "label -1 is none of the 2" in data.quarantine.rows[0].reason

@@ -91,7 +91,7 @@ def test_splits_come_from_the_shards_names(tmp_path: Path, photo: list[bytes]) -
     [
         ([("1.json", "{broken")], "unreadable row", "its text cannot be read"),
         ([("1.json", b"\xff\xfe")], "unreadable row", "its text cannot be read"),
-        ([("1.json", [1, 2])], "unusable row", "not an object"),
+        ([("1.json", [1])], "unusable row", "no object"),
         ([("1.json", [])], "unusable row", "no row"),
         ([("1.jpg", b"x")], "missing caption", "neither a .json nor a .txt"),
         ([("1.bin", b"x")], "unusable row", "neither an image nor a text, only bin"),

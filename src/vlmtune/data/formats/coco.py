@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ def image_folders(file: Path, beginning: str) -> list[Path]:
     tag = plain_name(file).removesuffix(".json").removeprefix(beginning)
     roots = [file.parent.parent, file.parent] if file.parent.name == "annotations" else [file.parent]
     return [root / place for root in roots for place in (tag, f"images/{tag}", "images", "")]
+
+
+def with_id(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the objects that have an ``id`` to be found by."""
+    return (row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), int | str))
 
 
 def rows_of(file: Path, *keys: str) -> dict[str, list[Any]]:

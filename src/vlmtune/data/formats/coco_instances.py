@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmtune.data.boxes import METRICS, MOST_LABELS, Box, BoxError, box_of, boxes_sample
 from vlmtune.data.formats.base import LABELS, Format, Source
-from vlmtune.data.formats.coco import files_of, image_folders, rows_of
+from vlmtune.data.formats.coco import files_of, image_folders, rows_of, with_id
 from vlmtune.data.formats.files import RowError, chosen, find_folder, has_keys, id_prefix, plain_name, samples_of
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import ImageRef, Sample
@@ -39,17 +39,21 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
 
 def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     rows = rows_of(file, "images", "annotations", "categories")
-    labels = {row["id"]: str(row["name"]) for row in rows["categories"] if isinstance(row, dict)}
+    labels = {row["id"]: str(row["name"]) for row in with_id(rows["categories"]) if row.get("name")}
+    images = {row["id"] for row in with_id(rows["images"])}
     of_image: dict[Any, list[Any]] = defaultdict(list)
     for index, row in enumerate(rows["annotations"]):
-        if isinstance(row, dict) and isinstance(row.get("image_id"), int | str):
-            of_image[row["image_id"]].append(row)
+        place = f"{file.name}, annotations[{index}]"
+        if not isinstance(row, dict) or not isinstance(row.get("image_id"), int | str):
+            quarantine.add(place, "unreadable row", "it lacks 'image_id'")
+        elif row["image_id"] not in images:
+            quarantine.add(place, "unknown image", f"no image of the file has the id {row['image_id']}")
         else:
-            quarantine.add(f"{file.name}, annotations[{index}]", "unreadable row", "it lacks 'image_id'")
+            of_image[row["image_id"]].append(row)
     names = [row["file_name"] for row in rows["images"][:20] if isinstance(row, dict) and row.get("file_name")]
     folder = find_folder(names, image_folders(file, "instances_"), source, file.name)
-    used = {row.get("category_id") for found in of_image.values() for row in found}
-    ask = [label for number, label in labels.items() if number in used]
+    used = {str(row.get("category_id")) for found in of_image.values() for row in found}
+    ask = [label for number, label in labels.items() if str(number) in used]
     order = {label: place for place, label in enumerate(labels.values())}
 
     def make(_: str, row: Any) -> Sample:

@@ -230,7 +230,7 @@ def _list_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
             captions = json.loads(row["raw"])
         except (KeyError, ValueError, RecursionError):
             captions = None
-        if not isinstance(captions, list) or not row.get("filename"):
+        if not isinstance(captions, list) or not captions or not row.get("filename"):
             quarantine.add(place, "unreadable row", f"{text[:80]!r} lacks 'filename', or a list of captions in 'raw'")
             continue
         for caption in captions:
@@ -249,7 +249,7 @@ def _karpathy_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
     for index, image in enumerate(_karpathy(file)):
         place = f"{file.name}, images[{index}]"
         name, sentences = image.get("filename"), image.get("sentences")
-        if not isinstance(name, str) or not isinstance(sentences, list):
+        if not isinstance(name, str) or not isinstance(sentences, list) or not sentences:
             quarantine.add(place, "unreadable row", "it lacks 'filename' or 'sentences'")
             continue
         if isinstance(image.get("filepath"), str):

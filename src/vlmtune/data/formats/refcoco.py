@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmtune.data.boxes import METRICS, BoxError, box_of, boxes_sample
 from vlmtune.data.formats.base import PHRASE, Format, Source
-from vlmtune.data.formats.coco import files_of, rows_of
+from vlmtune.data.formats.coco import files_of, rows_of, with_id
 from vlmtune.data.formats.files import (
     RowError,
     chosen,
@@ -63,8 +63,8 @@ def load(source: Source, quarantine: Quarantine) -> Iterator[Sample]:
 
 def _load_refs(file: Path, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     rows = rows_of(file.with_name("instances.json"), "images", "annotations")
-    images = {row["id"]: row for row in rows["images"] if isinstance(row, dict) and "id" in row}
-    boxes = {row["id"]: row.get("bbox") for row in rows["annotations"] if isinstance(row, dict) and "id" in row}
+    images = {row["id"]: row for row in with_id(rows["images"])}
+    boxes = {row["id"]: row.get("bbox") for row in with_id(rows["annotations"])}
     names = [row["file_name"] for row in list(images.values())[:20] if row.get("file_name")]
     roots = [file.parent, file.parent.parent, file.parent.parent.parent]
     folder = find_folder(names, [root / place for root in roots for place in IMAGES], source, file.name)
@@ -88,7 +88,7 @@ def _load_refs(file: Path, source: Source, quarantine: Quarantine) -> Iterator[S
     def sentences() -> Iterator[tuple[str, Any]]:
         for index, ref in enumerate(_phrases(file)):
             found = ref.get("sentences") if isinstance(ref, dict) else None
-            if not isinstance(found, list):
+            if not isinstance(found, list) or not found:
                 quarantine.add(f"{file.name}, {index}", "unreadable row", "it has no list of sentences")
             elif source.split in (None, ref.get("split")):
                 yield from ((f"{file.name}, {index}, sentence {n}", (ref, one)) for n, one in enumerate(found))
@@ -99,9 +99,15 @@ def _load_refs(file: Path, source: Source, quarantine: Quarantine) -> Iterator[S
 def _load_mdetr(file: Path, prefix: str, source: Source, quarantine: Quarantine) -> Iterator[Sample]:
     rows = rows_of(file, "images", "annotations")
     boxes: dict[Any, list[Any]] = {}
-    for row in rows["annotations"]:
-        if isinstance(row, dict):
-            boxes.setdefault(row.get("image_id"), []).append(row.get("bbox"))
+    images = {row["id"] for row in with_id(rows["images"])}
+    for index, row in enumerate(rows["annotations"]):
+        of_image = row.get("image_id") if isinstance(row, dict) else None
+        if isinstance(of_image, int | str) and of_image in images:
+            boxes.setdefault(of_image, []).append(row.get("bbox"))
+        else:
+            quarantine.add(
+                f"{file.name}, annotations[{index}]", "unknown image", f"no image of the file has the id {of_image!r}"
+            )
     names = [row["file_name"] for row in rows["images"][:20] if isinstance(row, dict) and row.get("file_name")]
     roots = [file.parent, file.parent.parent]
     folder = find_folder(names, [root / place for root in roots for place in IMAGES], source, file.name)

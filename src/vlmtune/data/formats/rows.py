@@ -114,6 +114,8 @@ def make_sample(
         turns = turns_of(row[shape], row.get("system"))
     if turns is None or (shape == "texts" and not all(isinstance(turn, Mapping) for turn in turns)):
         raise RowError(f"its {shape} are {str(row[shape])[:80]!r}: it has no {shape!r} list")
+    if (shape in CAPTION_COLUMNS or shape == "ground_truth") and not listed_images(row, images):
+        raise RowError("it names no image", "missing image")
     meta = _meta(row)
     if shape in TURN_COLUMNS and any(place in str(turns) for place in BOX_PLACES) and row.get("objects"):
         return placed_boxes_sample(row["objects"], turns, name, listed_images(row, images), _size(row), meta)

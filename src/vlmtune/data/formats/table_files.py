@@ -68,7 +68,7 @@ def _csv_rows(file: Path, quarantine: Quarantine) -> Iterator[tuple[str, dict[st
     columns, separator, encoding = _header(file)
     with file.open(encoding=encoding, errors="surrogateescape", newline="") as opened:
         csv.field_size_limit(_LONGEST_CELL)
-        reader = csv.reader((line.replace("\0", "\ufffd") for line in opened), delimiter=separator)
+        reader = csv.reader(opened, delimiter=separator)
         try:
             next(reader, None)
             for cells in reader:

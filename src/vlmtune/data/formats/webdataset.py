@@ -71,7 +71,8 @@ def _rows(shard: Path, quarantine: Quarantine) -> Iterator[tuple[str, tuple[str,
                 quarantine.add(place, "unreadable row", f"its text cannot be read ({type(error).__name__})")
                 continue
             for number, row in enumerate(rows):
-                yield place, (key if len(rows) == 1 else f"{key}#{number}", row)
+                several = len(rows) > 1
+                yield f"{place}, row {number}" if several else place, (f"{key}#{number}" if several else key, row)
 
 
 def _rows_of(members: list[Member], file: Any) -> list[Any]:
@@ -115,9 +116,9 @@ def _is_row(row: Any) -> bool:
 
 def _with_images(row: Any, images: list[str]) -> Any:
     """A row with the images of its key, unless it holds images itself."""
-    if not isinstance(row, dict):
-        raise RowError(f"its .json holds {str(row)[:60]!r}, not an object")
-    return row if not images else {name: row[name] for name in row if name not in IMAGE_COLUMNS} | {"images": images}
+    if not images or not isinstance(row, dict):
+        return row
+    return {name: row[name] for name in row if name not in IMAGE_COLUMNS} | {"images": images}
 
 
 def _parts(name: str) -> tuple[str, str]:
