@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,22 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST).save(folder / f"{index}.jpg")
     return folder
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each image file was decoded for a batch."""
+    from vlmtune.batching import encode
+
+    found: Counter[str] = Counter()
+    original = encode.decode
+
+    def counted(image, **options):
+        found[Path(image.path).name] += 1
+        return original(image, **options)
+
+    monkeypatch.setattr(encode, "decode", counted)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -133,15 +132,7 @@ class TestPad:
 class TestShared:
     """The batch that computes an image once."""
 
-    def test_an_image_is_decoded_and_given_once(self, rows, processor, encoder, monkeypatch) -> None:
-        decoded: Counter[str] = Counter()
-        original = encode.decode
-
-        def counted(image, **options):
-            decoded[Path(image.path).name] += 1
-            return original(image, **options)
-
-        monkeypatch.setattr(encode, "decode", counted)
+    def test_an_image_is_decoded_and_given_once(self, rows, processor, encoder, decoded) -> None:
         batch = SharedImageCollator(processor, GEMMA)(rows)
         assert decoded == {"0.jpg": 1, "1.jpg": 2, "2.jpg": 1}
         assert len(batch["pixel_values"]) == 4

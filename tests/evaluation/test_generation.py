@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from evaluation.answers import LONG, NEW_TOKENS, texts
 
-from vlmtune.batching import encode
 from vlmtune.config import GenerationArguments
 from vlmtune.data.sample import Message
 from vlmtune.evaluation.generation import AnswerGenerator
@@ -62,15 +59,7 @@ def test_same_image_after_other_texts(share, answering, make, oracle) -> None:
     assert texts(answering(share)(samples)) == [oracle(sample) for sample in samples]
 
 
-def test_an_image_is_decoded_once(answering, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: Counter[str] = Counter()
-    original = encode.decode
-
-    def counted(image, **options):
-        decoded[Path(image.path).name] += 1
-        return original(image, **options)
-
-    monkeypatch.setattr(encode, "decode", counted)
+def test_an_image_is_decoded_once(answering, make, decoded) -> None:
     questions = ["What?", "Is there a dog?", "no?"]
     samples = [
         make([image], question, system=system) for image in (0, 1) for question in questions for system in (None, "a")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocator import peak
 from torch import nn
 
 from vlmtune.errors import ModelError
@@ -42,12 +43,7 @@ def peak_bytes(step) -> int:
             step()
     finally:
         gc.enable()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return peak(profile)
 
 
 def _measure(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from training.run_files import log
 from transformers.integrations import WandbCallback
 
 from vlmtune.config import EvaluationArguments, TrainingArguments
@@ -20,10 +21,6 @@ from vlmtune.training.answer_scores import Answered, AnswerScorer, choose_best_b
 from vlmtune.training.run import run_training
 
 ANSWERS = EvaluationArguments(metrics=["exact_match", "cer"], max_new_tokens=40, eval_batch_size=2)
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

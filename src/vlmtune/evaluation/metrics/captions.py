@@ -246,9 +246,10 @@ def cider(
 
 
 def _bleu_metric(name: str, order: int) -> Metric:
+    what = f"n-grams of 1 to {order} words" if order > 1 else "single words"
     return Metric(
         name=name,
-        summary=f"n-grams of 1 to {order} words shared with the references, over the whole set",
+        summary=f"{what} shared with the references, over the whole set",
         compute=partial(bleu, order=order),
         paper="P02-1040",
         code="tylin/coco-caption Bleu",
