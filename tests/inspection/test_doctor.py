@@ -204,3 +204,18 @@ def test_images_in_an_archive_are_checked_in_place(captions: Path, tmp_path: Pat
     kinds = [[(finding.kind, finding.count) for finding in report.findings] for report in (plain, packed)]
     assert kinds[0] == kinds[1] and ("image not an image", 1) in kinds[0]
     assert "0.jpg" in html_page(packed)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "share_images is on, but attn_implementation flash_attention_2"),
+        ({"torch_dtype": "float16"}, "gemma3 cannot be used in float16"),
+        ({}, None),
+    ],
+)
+def test_options_of_the_model_that_training_refuses(captions: Path, tiny_gemma3_dir: Path, options, reason) -> None:
+    model_args = BaseModelArguments(model_name_or_path=str(tiny_gemma3_dir), **options)
+    report = check_data(VLMDataArguments(dataset_path=str(captions), share_images="on"), model_args)
+    assert [reason in text for text in report.refused] == ([True] if reason else [])
+    assert report.numbers["training tokens"]["sharing_is_used"] == ("attn_implementation" not in options)

@@ -136,3 +136,12 @@ def test_the_command(captions: Path, tiny_gemma3_dir: Path, tmp_path: Path, caps
     assert page.read_text().startswith("<!doctype html>")
     assert main(["preview", str(captions)]) == 2
     assert main([*arguments[:-1], "none"]) == 2
+
+
+@pytest.mark.parametrize(("attention", "shared"), [("flash_attention_2", False), ("eager", True), (None, True)])
+def test_texts_are_shown_apart_where_attention_takes_no_mask(
+    captions: Path, tiny_gemma3_dir, attention, shared
+) -> None:
+    model_args = BaseModelArguments(model_name_or_path=str(tiny_gemma3_dir), attn_implementation=attention)
+    groups = preview(VLMDataArguments(dataset_path=str(captions)), model_args, rows=2)
+    assert [len(group.branches) for group in groups] == ([2] if shared else [1, 1])

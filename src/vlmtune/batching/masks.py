@@ -12,9 +12,22 @@ import torch
 from torch import Tensor
 
 from vlmtune.batching.sharing import NO_BLOCK, PADDING
+from vlmtune.models.family import Family
 
 # Attention code of transformers that takes prepared masks. Flash attention knows none of this kind.
 EXACT_ATTENTION = ("sdpa", "eager", "flex_attention")
+
+
+def why_not_shared(family: Family, attn_implementation: str | None) -> str | None:
+    """Return why texts cannot share an image exactly with this family and attention code, or ``None``."""
+    if not family.sharing:
+        return f"{family.name} cannot share an image between texts exactly: {family.sharing_reason}"
+    if attn_implementation and attn_implementation not in EXACT_ATTENTION:
+        return (
+            f"attn_implementation {attn_implementation} takes no mask that keeps an image's texts apart; "
+            f"{', '.join(EXACT_ATTENTION)} do"
+        )
+    return None
 
 
 def tree_masks(

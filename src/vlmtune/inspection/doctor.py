@@ -14,6 +14,7 @@ import numpy as np
 from vlmtune.config import BaseModelArguments, VLMDataArguments
 from vlmtune.data.loading import LoadedData, drawn, load_train_and_eval
 from vlmtune.data.sample import UNNAMED, ImageRef, Sample
+from vlmtune.errors import VlmtuneError
 from vlmtune.inspection.duplicates import look_alikes
 from vlmtune.inspection.findings import EXAMPLES, Report, histogram, many
 from vlmtune.inspection.images import FOUND_BY, ImageFacts, Progress, inspect_images
@@ -232,9 +233,11 @@ def _report_model(
 ) -> None:
     # Importing the models' code takes seconds; a check without a model does not need it.
     from vlmtune.batching.encode import Encoder
+    from vlmtune.batching.masks import why_not_shared
     from vlmtune.inspection.tokens import measure, report_tokens, sharing
     from vlmtune.models.families import get_family
-    from vlmtune.models.loading import load_config, load_processor
+    from vlmtune.models.loading import load_config, load_processor, require_dtype
+    from vlmtune.models.quantization import get_torch_dtype
 
     origin: dict[str, Any] = {
         "revision": model_args.model_revision,
@@ -243,8 +246,13 @@ def _report_model(
     family = get_family(load_config(model_args.model_name_or_path, **origin), model_args.model_type)
     processor = load_processor(model_args.model_name_or_path, **origin)
     encoder = Encoder(processor, family, max_pixels=data_args.max_pixels)
-    if data_args.share_images == "on" and not family.sharing:
-        report.refused.append(f"share_images is on, but {family.name} cannot share images: {family.sharing_reason}")
+    not_shared = why_not_shared(family, model_args.attn_implementation)
+    if data_args.share_images == "on" and not_shared:
+        report.refused.append(f"share_images is on, but {not_shared}")
+    try:
+        require_dtype(family, get_torch_dtype(model_args.torch_dtype))
+    except VlmtuneError as error:
+        report.refused.append(str(error))
     for side in sides:
         found = measure(side.data.dataset, encoder, processes=processes)
         report_tokens(
@@ -257,7 +265,7 @@ def _report_model(
             on_too_long=data_args.on_too_long,
             max_bad_fraction=data_args.max_bad_fraction,
         )
-        uses = family.sharing and data_args.share_images != "off"
+        uses = not_shared is None and data_args.share_images != "off"
         report.numbers[f"{side.name} tokens"] |= {
             "sharing": sharing(_keys(side, facts), found),
             "sharing_is_used": uses,

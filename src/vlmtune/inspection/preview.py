@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlmtune.batching.encode import EncodedSample, Encoder
+from vlmtune.batching.masks import why_not_shared
 from vlmtune.batching.sharing import common_prefix, group_samples
 from vlmtune.config import BaseModelArguments, VLMDataArguments
 from vlmtune.data.images import decode
@@ -127,7 +128,8 @@ def preview(
         on_too_long=data_args.on_too_long,
         max_pixels=data_args.max_pixels,
     )
-    return preview_samples(samples, encoder, share=family.sharing and data_args.share_images != "off")
+    shared = why_not_shared(family, model_args.attn_implementation) is None and data_args.share_images != "off"
+    return preview_samples(samples, encoder, share=shared)
 
 
 def preview_samples(samples: Sequence[Sample], encoder: Encoder, *, share: bool) -> list[Group]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from vlmtune.batching.encode import Encoder
 from vlmtune.batching.groups import Ints, Keys, grouped
-from vlmtune.batching.masks import EXACT_ATTENTION
+from vlmtune.batching.masks import why_not_shared
 from vlmtune.config import ModelWithLoRAArguments, VLMDataArguments
 from vlmtune.data.hashes import ROWS_AT_ONCE, row_hashes
 from vlmtune.data.images import content_hash
@@ -60,14 +60,7 @@ def shares_images(family: Family, choice: str, attn_implementation: str | None =
     Raises:
         ConfigError: it was asked for, and is not exact.
     """
-    reason = None
-    if not family.sharing:
-        reason = f"{family.name} cannot share an image between texts exactly: {family.sharing_reason}"
-    elif attn_implementation and attn_implementation not in EXACT_ATTENTION:
-        reason = (
-            f"attn_implementation {attn_implementation} takes no mask that keeps an image's texts apart; "
-            f"{', '.join(EXACT_ATTENTION)} do"
-        )
+    reason = why_not_shared(family, attn_implementation)
     if choice == "on" and reason:
         raise ConfigError(f"share_images is on, but {reason}. Set share_images to auto or off.")
     if choice == "auto" and reason:
