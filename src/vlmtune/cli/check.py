@@ -8,6 +8,11 @@ from typing import Any
 from vlmtune.cli.common import asks_help, print_help, progress, recipe_and_flags, take
 from vlmtune.errors import ConfigError
 
+# Options of the data that matter where batches are made.
+BATCH_OPTIONS = (
+    *("max_texts_per_row", "max_tokens_per_row", "image_timeout"),
+    *("cache_image_features", "cache_dir", "cache_max_gb"),
+)
 OWN_OPTIONS = (
     "  --report_dir DIR\n      Folder for check.json and check.html; by default the next free runs/check-N.\n"
     "  --processes N\n      Processes that decode images; by default one a CPU core."
@@ -26,6 +31,7 @@ def check(argv: list[str]) -> int:
             "Exit code 1 when training would be refused.\n\n" + OWN_OPTIONS,
             [BaseModelArguments, VLMDataArguments],
             optional=("dataset_path", "model_name_or_path"),
+            without=BATCH_OPTIONS,
         )
         return 0
     report_dir, argv = take(argv, "--report_dir")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmtune.cli.check import data_and_model, free_folder
+from vlmtune.cli.check import BATCH_OPTIONS, data_and_model, free_folder
 from vlmtune.cli.common import asks_help, print_help, take
 from vlmtune.errors import ConfigError, OutputError
 
@@ -26,6 +26,7 @@ def preview(argv: list[str]) -> int:
             "after preprocessing, and what texts of one image share. In the terminal and as a page.\n\n" + OWN_OPTIONS,
             [BaseModelArguments, VLMDataArguments],
             optional=("dataset_path",),
+            without=BATCH_OPTIONS,
         )
         return 0
     rows, argv = take(argv, "--rows")
