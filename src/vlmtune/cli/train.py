@@ -21,7 +21,8 @@ def train(argv: list[str]) -> int:
             "Fine-tunes a model. A recipe is a YAML file of the options below, one 'option: value' a line; flags\n"
             "override it. The data, the options and every text's length are checked before any weight loads.",
             [ModelWithLoRAArguments, VLMDataArguments, TrainingOptions, EvaluationArguments],
-            "All other options of transformers.TrainingArguments work too.",
+            "All other options of transformers.TrainingArguments work too; those that would do nothing here are\n"
+            "refused with the reason.",
             required=["output_dir"],
             without=("eval_samples", "honesty"),
         )

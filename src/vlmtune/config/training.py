@@ -96,6 +96,8 @@ class TrainingArguments(TrainingOptions, transformers.TrainingArguments):
         found = limit_problems(self)
         if self.fp16 and self.bf16:
             found.append("fp16 and bf16 are both on; choose one of them.")
+        if self.remove_unused_columns:
+            found.append("remove_unused_columns is true, but batches are made of columns that the model does not know.")
         world_size = int(os.environ.get("WORLD_SIZE") or 1)
         if self.effective_batch_size and self.effective_batch_size % world_size:
             found.append(

@@ -92,7 +92,7 @@ class TrainingOptions(DeviceOptions):
         0, help="Supervised tokens whose logits are formed at once; 0 chooses by the size of the vocabulary."
     )
     average_tokens_across_devices: bool = option(
-        True, help="Weigh every supervised token of a step alike, on whichever device it lies."
+        True, help="Must stay on: every supervised token of a step weighs alike, on whichever device it lies."
     )
     eval_strategy: str = option("no", help="When the evaluation loss is taken: no, steps or epoch.")
     eval_steps: float | None = option(None, help="Steps between evaluations, with eval_strategy steps.")

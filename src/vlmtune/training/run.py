@@ -38,6 +38,7 @@ from vlmtune.training.output_dir import FINISHED, Start, find_start
 from vlmtune.training.parameter_groups import as_text, record, require_trained
 from vlmtune.training.probe import require_trainable
 from vlmtune.training.ranks import fill_between_ranks
+from vlmtune.training.refused_options import refuse_options
 from vlmtune.training.resume import data_differences, interruptions, note_versions, recipe_differences, require_same
 from vlmtune.training.run_data import RunData, load_run_data
 from vlmtune.training.run_info import plain, save_training_info
@@ -103,6 +104,7 @@ def _run(
     progress: Progress | None,
 ) -> RunResult:
     check_strategy(training_args, model_args)
+    refuse_options(training_args, own_batches=True)
     arguments = {"model": model_args, "data": data_args, "training": training_args}
     # As they were given: what follows adapts some of them.
     given = {name: plain(value) for name, value in arguments.items()}

@@ -29,6 +29,7 @@ from vlmtune.training.checkpoints import latest_checkpoint
 from vlmtune.training.loaders import batch_loader
 from vlmtune.training.loss import count_targets, install_supervised_loss, targets_from_labels
 from vlmtune.training.parameter_groups import split_by_part
+from vlmtune.training.refused_options import refuse_options
 from vlmtune.training.sharding import ShardingTrainer
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
 from vlmtune.training.steady import SteadyTrainer
@@ -338,7 +339,9 @@ def create_trainer(
 
     Raises:
         TrainingError: nothing in the model is trainable, or no processor is known.
+        OptionsError: options that would not do what they say.
     """
+    refuse_options(args, own_batches=kwargs.get("train_sampler") is not None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("Nothing in the model is trainable. Call setup_lora, or unfreeze a part first.")
     processor = processor or getattr(data_collator, "processor", None)
