@@ -81,6 +81,13 @@ def test_bad_rows_are_named(captions: Path) -> None:
     assert run(captions).refused == ["2 of 22 rows cannot be used, more than max_bad_fraction 0.01 allows"]
 
 
+def test_image_marks_that_are_words(captions: Path) -> None:
+    file = captions / "captions.txt"
+    file.write_text(file.read_text() + "0.jpg,<image> A picture of many things\n")
+    finding = found(run(captions), "image mark in a text")
+    assert (finding.level, finding.examples) == ("warning", ("0.jpg#2",))
+
+
 def test_pictures_on_both_sides(captions: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held out"
     shutil.copytree(captions, held_out)

@@ -35,7 +35,7 @@ NOTES = {
     "CMYK": ("note", *_IS, "in CMYK; colours change a little in RGB."),
     "16 bits": ("warning", *_HAS, "16 bits or floating-point values a channel, which are scaled to 8 bits."),
     "transparent": ("note", *_HAS, "transparent parts, which become white."),
-    "huge": ("warning", *_HAS, "more than 25 million pixels and take long to decode: make them smaller once."),
+    "huge": ("warning", *_HAS, "more than 25 million pixels: decoding takes long. Make them smaller once."),
     "tiny": ("warning", *_IS, "less than 32 pixels high or wide."),
     "very long": ("warning", *_IS, "more than 8 times as long as wide; resizing to a square distorts them."),
 }

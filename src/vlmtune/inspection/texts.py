@@ -26,6 +26,7 @@ class TextFacts:
         answers: normalised last answer -> rows.
         without_answer: ids of rows whose last turn is no answer.
         without_image: ids of rows of text alone.
+        marked: ids of rows with ``<image>`` as words of a text.
         by_question: (image names, prompt) -> (id, answer, references) of each row.
     """
 
@@ -34,6 +35,7 @@ class TextFacts:
     answers: Counter[str] = field(default_factory=Counter)
     without_answer: list[str] = field(default_factory=list)
     without_image: list[str] = field(default_factory=list)
+    marked: list[str] = field(default_factory=list)
     by_question: dict[int, list[tuple[str, str, int]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
@@ -50,6 +52,8 @@ def read_texts(samples: Iterable[Sample]) -> TextFacts:
         facts.rows += 1
         if not sample.images:
             facts.without_image.append(sample.id)
+        if any("<image>" in message.text for message in sample.messages):
+            facts.marked.append(sample.id)
         if sample.target is None:
             facts.without_answer.append(sample.id)
             continue
@@ -84,6 +88,9 @@ def report_texts(report: Report, side: str, facts: TextFacts, against: TextFacts
                "Give them an answer or leave them out.")  # fmt: skip
     report.add("note", "no image", facts.without_image,
                f"{many(len(facts.without_image), f'{side} row is', f'{side} rows are')} text alone.")  # fmt: skip
+    report.add("warning", "image mark in a text", facts.marked,
+               f"{many(len(facts.marked), f'{side} row has', f'{side} rows have')} '<image>' as a word of a text, where "
+               "no image stands.", "Take the words out.")  # fmt: skip
     contrary = [
         f"{found[0][0]} and {found[1][0]}: {found[0][1]!r} and {found[1][1]!r}"
         for asked in facts.by_question.values()

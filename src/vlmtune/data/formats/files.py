@@ -22,6 +22,7 @@ SPLITS = ("train", "validation", "valid", "val", "test", "dev")
 # What stands before the number of a file of no split.
 UNNAMED = ("data", "part", "shard")
 HEAD = 65_536
+NO_TEXT = "it is not UTF-8 text"
 
 Layout = Literal["lines", "list", "object"]
 # What holds a split: a file, several, a folder.
@@ -57,6 +58,11 @@ def samples_of(
             quarantine.add(place, "unreadable row", f"{str(row)[:80]!r} has another form ({type(error).__name__})")
         else:
             yield from samples
+
+
+def is_text(line: str) -> bool:
+    """Whether a line that was decoded by ``surrogateescape`` was all UTF-8."""
+    return not any("\udc80" <= sign <= "\udcff" for sign in line)
 
 
 def visible(folder: Path) -> list[Path]:
@@ -186,7 +192,7 @@ def json_rows(file: Path, quarantine: Quarantine) -> Iterator[tuple[str, str, An
                     try:
                         row = json.loads(raw.decode("utf-8-sig"))
                     except UnicodeDecodeError:
-                        quarantine.add(place, "unreadable row", "it is not UTF-8 text")
+                        quarantine.add(place, "unreadable row", NO_TEXT)
                     except json.JSONDecodeError as error:
                         quarantine.add(place, "unreadable row", f"it is not JSON ({error.msg})")
                     except RecursionError:

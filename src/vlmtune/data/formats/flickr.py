@@ -24,7 +24,7 @@ from pathlib import Path
 
 from vlmtune.data.formats.base import CAPTION_METRICS, Format, Source, first_line
 from vlmtune.data.formats.captions import Caption, caption_samples
-from vlmtune.data.formats.files import named_folder
+from vlmtune.data.formats.files import NO_TEXT, is_text, named_folder
 from vlmtune.data.images import EXTENSIONS
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
@@ -176,21 +176,26 @@ def _rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
 
 def _lines(file: Path, quarantine: Quarantine, *, header: bool) -> Iterator[tuple[str, str]]:
     """Yield the place and text of every line that is neither empty nor the header."""
+    for place, line in _raw_lines(file, header=header):
+        if is_text(line):
+            yield place, line
+        else:
+            quarantine.add(place, "unreadable row", NO_TEXT)
+
+
+def _raw_lines(file: Path, *, header: bool) -> Iterator[tuple[str, str]]:
+    """As :func:`_lines`, with lines that are no text, since they may be a part of a row."""
     with file.open("rb") as opened:
         for number, raw in enumerate(opened, 1):
             place = f"{file.name}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError:
-                quarantine.add(place, "unreadable row", "it is not UTF-8 text")
-                continue
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").rstrip("\r\n")
             if line.strip() and not (header and number == 1):
                 yield place, line
 
 
 def _csv_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
     """Read CSV row by row, so that a stray quote spoils its own row and no other."""
-    lines = _lines(file, quarantine, header=True)
+    lines = _raw_lines(file, header=True)
     following = next(lines, None)
     while following is not None:
         place, text = following
@@ -199,7 +204,9 @@ def _csv_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
         while (row := _csv_row(text)) is None and following is not None and not _ROW_START.match(following[1]):
             text = f"{text}\n{following[1]}"
             following = next(lines, None)
-        if row is None:
+        if not is_text(text):
+            quarantine.add(place, "unreadable row", NO_TEXT)
+        elif row is None:
             quarantine.add(place, "unreadable row", f"{text[:80]!r} has a quote that is never closed")
         elif len(row) < 2:
             quarantine.add(place, "unreadable row", f"{text[:80]!r} has no caption after the image's name")

@@ -49,7 +49,7 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
         for place, number, row in rows:
             shape = shape_of(row) if isinstance(row, dict) else None
             named = isinstance(row, dict) and isinstance(row.get("file_name"), str) and not source.columns
-            if named and shape in CAPTION_COLUMNS and isinstance(row[shape], str | list):
+            if named and shape in CAPTION_COLUMNS and row[shape] and isinstance(row[shape], str | list):
                 texts = row[shape] if isinstance(row[shape], list) else [row[shape]]
                 captions.extend(Caption(place, row["file_name"], str(text)) for text in texts)
             else:

@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmtune.data.formats.files import NO_TEXT, is_text
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.errors import DataError
 
@@ -77,8 +78,8 @@ def _csv_rows(file: Path, quarantine: Quarantine) -> Iterator[tuple[str, dict[st
                     continue
                 if len(cells) != len(columns):
                     quarantine.add(place, "unreadable row", f"it has {len(cells)} of the {len(columns)} columns")
-                elif any("\udc80" <= sign <= "\udcff" for cell in cells for sign in cell):
-                    quarantine.add(place, "unreadable row", "it is not UTF-8 text")
+                elif not all(map(is_text, cells)):
+                    quarantine.add(place, "unreadable row", NO_TEXT)
                 else:
                     yield place, {name: cell or None for name, cell in zip(columns, cells, strict=True)}
         except (csv.Error, UnicodeError) as error:
