@@ -118,8 +118,8 @@ def write(place: Path, format: str, rows: list[Any], draw: Callable[[st.SearchSt
         return sum(max(len(listed(one, "sentences")), 1) for one in rows)
     if format == "karpathy":
         json_file(place, "dataset.json", {"images": rows, "sentids": []})
-        named = [one for one in rows if isinstance(one, dict) and isinstance(one.get("filename"), str)]
-        return len(rows) + sum(max(len(listed(one, "sentences")) - 1, 0) for one in named)
+        read = [one for one in rows if isinstance(one, dict) and isinstance(one.get("filename"), str)]
+        return len(rows) + sum(max(len(listed(one, "sentences")) - 1, 0) for one in read)
     if format == "image_text_pairs":
         texts = dict(rows)
         for stem, content in texts.items():
@@ -139,10 +139,18 @@ def write(place: Path, format: str, rows: list[Any], draw: Callable[[st.SearchSt
         return len(rows)
     if format == "imagefolder":
         (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        return sum(captions_of(one, "file_name", "text") for one in rows)
+        # Each caption is set aside by itself.
+        return sum(max(len(listed(one, "text")), 1) if named(one, "file_name") else 1 for one in rows)
     if format == "captions":
         (place / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        return sum(captions_of(one, "image", "captions") for one in rows)
+        # One empty caption spoils its row.
+        return sum(
+            len(texts)
+            if len(texts) > 1 and named(one, "image") and all(str(text or "").strip() for text in texts)
+            else 1
+            for one in rows
+            for texts in [listed(one, "captions")]
+        )
     if format == "tables":
         plain = [{name: None if "\ud800" in (value or "") else value for name, value in one.items()} for one in rows]
         pq.write_table(pa.Table.from_pylist(plain), place / "train.parquet")
@@ -174,11 +182,10 @@ def listed(one: Any, key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def captions_of(one: Any, image: str, text: str) -> int:
-    """As many rows as an image has captions, but one where the row cannot be used whatever the image."""
-    found = listed(one, text)
-    named = isinstance(one, dict) and isinstance(one.get(image), str) and one[image] and "[e" not in one[image]
-    return len(found) if named and len(found) > 1 and all(str(item or "").strip() for item in found) else 1
+def named(one: Any, key: str) -> bool:
+    """Whether a row names its image in a way that can be read; that there is no such image shows later."""
+    name = one.get(key) if isinstance(one, dict) else None
+    return isinstance(name, str) and bool(name)
 
 
 @pytest.fixture

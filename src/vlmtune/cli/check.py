@@ -54,9 +54,12 @@ def data_and_model(argv: list[str], *, model_required: bool = False) -> tuple[An
     from vlmtune.config import BaseModelArguments, EvaluationArguments, ModelWithLoRAArguments, VLMDataArguments
     from vlmtune.config.recipe import parse_arguments, read_yaml
     from vlmtune.config.training import TrainingArguments
+    from vlmtune.data.formats import mixture
 
     first, flags = recipe_and_flags(argv)
-    recipe = first if first is None or first.lower().endswith((".yaml", ".yml")) else None
+    # A mixture is YAML too, and data.
+    is_data = first is not None and (not first.lower().endswith((".yaml", ".yml")) or mixture.detect(Path(first)))
+    recipe = None if is_data else first
     if first is not None and recipe is None:
         flags = ["--dataset_path", first, *flags]
     named = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags}
