@@ -207,6 +207,23 @@ class Layouts:
         (self.root / "pairs" / "README.txt").write_text("Where this is from.\n")
         return self.root / "pairs"
 
+    def class_folders(self) -> Path:
+        for number, name in enumerate(("hot_dog", "dog", "cat")):
+            for split in ("train", "test"):
+                self.image(number, "classes", split, name, f"{split}.jpg")
+        (self.root / "classes" / "README.md").write_text("Where this is from.")
+        return self.root / "classes"
+
+    def textvqa(self, **row: Any) -> Path:
+        for split, number in (("train", 4), ("val", 5), ("test", 6)):
+            self.image(number, "textvqa", f"{split.replace('val', 'train')}_images", f"{number}a.jpg")
+            asked = {"question_id": number, "question": "What brand?", "image_id": f"{number}a", "set_name": split}
+            answers = {} if split == "test" else {"answers": ["nokia"] * 6 + ["nok"] * 4}
+            rows = [asked | answers, *([asked | answers | {"question_id": 9} | row] if row else [])]
+            file = self.root / "textvqa" / f"TextVQA_0.5.1_{split}.json"
+            _json(file, {"dataset_type": split, "dataset_name": "textvqa", "data": rows})
+        return self.root / "textvqa"
+
     def easy_vqa(self) -> Path:
         self.image(0, "easy", "images", "0.png")
         _json(self.root / "easy" / "questions.json", [["what shape?", "circle", 0]])

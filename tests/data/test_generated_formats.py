@@ -65,6 +65,8 @@ SHARD_ROWS = st.one_of(row(question=TEXTS, answer=TEXTS), row(caption=TEXTS), WR
 ROWS: dict[str, st.SearchStrategy[Any]] = {
     "coco_captions": row(id=NUMBERS, image_id=NUMBERS, caption=TEXTS),
     "coco_instances": row(id=NUMBERS, file_name=NAMES, width=NUMBERS, height=NUMBERS),
+    "textvqa": row(question_id=NUMBERS, image_id=NUMBERS, question=TEXTS, answers=st.lists(TEXTS, max_size=3)),
+    "class_folders": st.tuples(st.sampled_from(["cat", "hot_dog"]), st.sampled_from(["0.jpg", "cut.jpg", "a.txt"])),
     "docvqa": row(questionId=NUMBERS, question=TEXTS, image=NAMES, answers=st.lists(TEXTS, max_size=2)),
     "chartqa": row(imgname=NAMES, query=TEXTS, label=TEXTS),
     "vqav2": row(question_id=NUMBERS, image_id=NUMBERS, question=TEXTS),
@@ -111,6 +113,15 @@ def write(place: Path, format: str, rows: list[Any], draw: Callable[[st.SearchSt
         )
         # An image is a row; objects of no image are named beside them.
         return len(rows) + sum(not isinstance(one, int | str) or one not in known for one in of_image)
+    if format == "class_folders":
+        photos = {file.name: file.read_bytes() for file in place.iterdir()}
+        for file in place.iterdir():
+            file.unlink()
+        places = {f"train/{name}/{file}" for name, file in rows} | {"train/cat/bomb.png", "train/dog/猫.jpg"}
+        for one in places:
+            (place / one).parent.mkdir(parents=True, exist_ok=True)
+            (place / one).write_bytes(photos.get(Path(one).name, b"notes"))
+        return len(places)
     if format == "refcoco":
         images = [{"id": 0, "file_name": "0.jpg", "width": 64, "height": 48}, *draw(st.lists(WRONG, max_size=1))]
         json_file(place, "instances.json", {"images": images, "annotations": [{"id": 0, "bbox": [1, 2, 20, 20]}, []]})
@@ -168,6 +179,7 @@ def write(place: Path, format: str, rows: list[Any], draw: Callable[[st.SearchSt
     else:
         name, content = {
             "docvqa": ("val_v1.0.json", {"data": rows}),
+            "textvqa": ("TextVQA_0.5.1_val.json", {"data": rows}),
             "chartqa": ("val_human.json", rows),
             "vqav2": ("v2_OpenEnded_mscoco_val2014_questions.json", {"questions": rows}),
             "scienceqa": ("problems.json", dict(enumerate(rows))),
@@ -259,7 +271,9 @@ def account(place: Callable[[], Path], format: str, monkeypatch: pytest.MonkeyPa
         assert len(set(data.dataset["id"][:])) == len(data.dataset)
         for one in data.dataset:
             for image in one["images"]:
-                assert Path(image["path"]).resolve().parent in (folder.resolve(), Path("/etc"))
+                assert folder.resolve() in (found := Path(image["path"]).resolve()).parents or found.parent == Path(
+                    "/etc"
+                )
 
     check()
     assert len(ended) >= examples // 2

@@ -89,8 +89,8 @@ def report_texts(report: Report, side: str, facts: TextFacts, against: TextFacts
     report.add("note", "no image", facts.without_image,
                f"{many(len(facts.without_image), f'{side} row is', f'{side} rows are')} text alone.")  # fmt: skip
     report.add("warning", "image mark in a text", facts.marked,
-               f"{many(len(facts.marked), f'{side} row has', f'{side} rows have')} '<image>' as a word of a text, where "
-               "no image stands.", "Take the words out.")  # fmt: skip
+               f"{many(len(facts.marked), f'{side} row has', f'{side} rows have')} '<image>' as a word of a text, "
+               "where no image stands.", "Take the words out.")  # fmt: skip
     contrary = [
         f"{found[0][0]} and {found[1][0]}: {found[0][1]!r} and {found[1][1]!r}"
         for asked in facts.by_question.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlmtune.data.formats import (
     chartqa,
+    class_folders,
     coco_captions,
     coco_instances,
     docvqa,
@@ -17,6 +18,7 @@ from vlmtune.data.formats import (
     refcoco,
     scienceqa,
     tables,
+    textvqa,
     vqav2,
     webdataset,
 )
@@ -31,8 +33,10 @@ FORMATS: dict[str, Format] = {
         refcoco.FORMAT,
         imagefolder.FORMAT,
         image_text_pairs.FORMAT,
+        class_folders.FORMAT,
         easy_vqa.FORMAT,
         vqav2.FORMAT,
+        textvqa.FORMAT,
         docvqa.FORMAT,
         chartqa.FORMAT,
         scienceqa.FORMAT,
