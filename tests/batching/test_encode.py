@@ -171,6 +171,21 @@ def test_template_that_rewrites_history_is_refused(make_sample, processor, monke
         encoder(make_sample("long", [0], [("What?", "red"), ("And?", "blue")]))
 
 
+def test_what_a_template_refuses_is_named(make_sample, processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published Gemma-3's template takes no two turns of one role, as conversations of people have them."""
+    strict = "{% for m in messages %}{% if loop.index0 and m.role == messages[loop.index0 - 1].role %}"
+    strict += "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
+    monkeypatch.setattr(processor, "chat_template", strict + processor.chat_template)
+    encoder = Encoder(processor, GEMMA)
+    sample = make_sample("twice", [0], [("What?", "red")])
+    assert encoder(sample).n_supervised
+    asked = dataclasses.replace(
+        sample, messages=(sample.messages[0], Message.make("user", "Well?"), sample.messages[1])
+    )
+    with pytest.raises(EncodingError, match="'twice' cannot be rendered for gemma3: Conversation roles must alternate"):
+        encoder(asked)
+
+
 def test_prompts_in_memory_are_few_and_of_the_template_of_the_day(make_sample, encoder, processor, monkeypatch) -> None:
     monkeypatch.setattr(encode, "PROMPTS_KEPT", 3)
     samples = [make_sample(f"{n}", [], [(f"Question {n}?", "red")]) for n in range(8)]

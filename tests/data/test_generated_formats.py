@@ -195,9 +195,10 @@ def listed(one: Any, key: str) -> list[Any]:
 
 
 def named(one: Any, key: str) -> bool:
-    """Whether a row names its image in a way that can be read; that there is no such image shows later."""
-    name = one.get(key) if isinstance(one, dict) else None
-    return isinstance(name, str) and bool(name)
+    """Whether a row names images in a way that can be read; that there are none of these names shows later."""
+    found = one.get(key) if isinstance(one, dict) else None
+    names = found if isinstance(found, list) and key == "image" else [found]
+    return bool(names) and all(isinstance(name, str) and name and "[" not in name for name in names)
 
 
 @pytest.fixture

@@ -188,6 +188,8 @@ def test_a_folder_names_its_splits(messages_file: Write) -> None:
         ({"messages": [{"content": "What?"}, ANSWER]}, "lacks 'role' or 'content'"),
         ({"messages": ["What?", ANSWER]}, "lacks 'role' or 'content'"),
         ({"messages": []}, "has no messages"),
+        ({"messages": [ANSWER, user("What?"), ANSWER]}, "begins with an assistant's turn"),
+        ({"messages": [{"role": "system", "content": "Brief."}, ANSWER]}, "begins with an assistant's turn"),
         ({"messages": "What?"}, "no 'messages' list"),
         ({"text": "What?"}, r"its columns \(text\) are not such"),
         (row(5), "content 5 is neither a text nor a list"),

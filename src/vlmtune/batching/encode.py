@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jinja2
+
 from vlmtune.data.boxes import BOXES
 from vlmtune.data.images import TIMEOUT, content_hash, decode, upright_size
 from vlmtune.data.sample import Message, Sample
@@ -304,7 +306,7 @@ class Encoder:
                 text = self.family.render(self.processor, conversation, generate)
             else:
                 text = self._template(conversation, generate)
-        except ValueError as error:
+        except (ValueError, jinja2.TemplateError) as error:
             raise EncodingError(f"Sample {sample.id!r} cannot be rendered for {self.family.name}: {error}") from error
         if generate:
             if len(self._prompts) >= PROMPTS_KEPT:

@@ -128,6 +128,8 @@ class Sample:
                 return "has an empty assistant text"
             if message.role == "assistant" and message.n_images:
                 return "has an image in an assistant turn"
+        if next((message.role for message in self.messages if message.role != "system"), "user") == "assistant":
+            return "begins with an assistant's turn, before anything is asked"
         return None
 
     def to_row(self) -> dict[str, Any]:

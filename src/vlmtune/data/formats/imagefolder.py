@@ -48,10 +48,10 @@ def _load_file(file: Path, prefix: str, source: Source, quarantine: Quarantine) 
     def others() -> Iterator[tuple[str, tuple[str, Any]]]:
         for place, number, row in rows:
             shape = shape_of(row) if isinstance(row, dict) else None
-            named = isinstance(row, dict) and isinstance(row.get("file_name"), str) and not source.columns
-            if named and shape in CAPTION_COLUMNS and row[shape] and isinstance(row[shape], str | list):
-                texts = row[shape] if isinstance(row[shape], list) else [row[shape]]
-                captions.extend(Caption(place, row["file_name"], str(text)) for text in texts)
+            name = row.get("file_name") if isinstance(row, dict) and not source.columns else None
+            text = row[shape] if shape in CAPTION_COLUMNS else None
+            if name and isinstance(name, str) and text and isinstance(text, str | list):
+                captions.extend(Caption(place, name, str(one)) for one in (text if isinstance(text, list) else [text]))
             else:
                 yield place, (number, row)
 
