@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from vlmtune.cli.common import asks_help, print_help, progress, quick_imports, recipe_and_flags
-from vlmtune.cli.launch import on_devices, rank
+from vlmtune.cli.launch import in_a_group, on_devices, rank, slurm_place
 from vlmtune.cli.report import leave_report
+from vlmtune.config.devices import DeviceOptions
+from vlmtune.data.ahead import Ahead, worthwhile
 
 
 def train(argv: list[str]) -> int:
@@ -27,6 +30,8 @@ def train(argv: list[str]) -> int:
             without=("eval_samples", "honesty"),
         )
         return 0
+    recipe_path, flags = recipe_and_flags(argv)
+    ahead = _read_ahead(flags, recipe_path)
     with quick_imports():
         from vlmtune.config import TrainingArguments, parse_recipe
 
@@ -36,11 +41,11 @@ def train(argv: list[str]) -> int:
     with quick_imports():
         from vlmtune.training.run import run_training
 
-    recipe_path, flags = recipe_and_flags(argv)
     recipe = parse_recipe(flags, recipe_path)
     recipe.training.disable_tqdm = recipe.training.disable_tqdm or not sys.stderr.isatty()
+    load = {"load": ahead.load} if ahead else {}
     result = run_training(
-        recipe.model, recipe.data, recipe.training, recipe.evaluation, progress=progress("Image features")
+        recipe.model, recipe.data, recipe.training, recipe.evaluation, progress=progress("Image features"), **load
     )
     if rank():
         return 0
@@ -53,3 +58,15 @@ def train(argv: list[str]) -> int:
     print(f"Try it: vlmtune predict {result.output_dir} IMAGE --prompt 'Describe this image.'")
     leave_report([result.output_dir])
     return 0
+
+
+def _read_ahead(flags: list[str], recipe_path: str | None) -> Ahead | None:
+    """Begin to read the data, unless other processes are to be started that read them."""
+    from vlmtune.config import VLMDataArguments
+    from vlmtune.config.recipe import peek
+
+    found = peek([VLMDataArguments, DeviceOptions], flags, recipe_path)
+    if found is None or not worthwhile(found[0]):
+        return None
+    alone = found[1] == DeviceOptions() and slurm_place(os.environ) is None
+    return Ahead(found[0]) if alone or in_a_group() else None

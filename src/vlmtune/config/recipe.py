@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -19,8 +19,11 @@ from vlmtune.config.data import VLMDataArguments
 from vlmtune.config.evaluation import EvaluationArguments
 from vlmtune.config.model import ModelWithLoRAArguments
 from vlmtune.config.options import OptionsError, field_types, raise_problems
-from vlmtune.config.training import TrainingArguments
+from vlmtune.config.training_options import TrainingOptions
 from vlmtune.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from vlmtune.config.training import TrainingArguments
 
 PATHS_THAT_EXIST = ("dataset_path", "eval_dataset_path", "image_dir")
 PATHS = (
@@ -68,6 +71,9 @@ def parse_recipe(argv: Sequence[str] = (), recipe_path: str | Path | None = None
         ConfigError: the file cannot be read, an option is unknown (the message offers the nearest name), a
             required one is missing, or a value is of the wrong type or out of range; all in one message.
     """
+    # Its import takes seconds, and whoever reads a run's options needs it next.
+    from vlmtune.config.training import TrainingArguments
+
     classes = (ModelWithLoRAArguments, VLMDataArguments, TrainingArguments, EvaluationArguments)
     return Recipe(*parse_arguments(classes, argv, recipe_path, required=("output_dir",)))
 
@@ -92,23 +98,10 @@ def parse_arguments(
     Returns:
         An instance of each class, in order.
     """
-    annotations = {name: kind for cls in (*ignored, *classes) for name, kind in field_types(cls).items()}
-    gathered = Gathered()
-    if recipe_path is not None:
-        _gather(read_yaml(Path(recipe_path)), str(recipe_path), annotations, gathered)
-    _gather_flags(argv, annotations, gathered)
+    gathered, values = _read((*ignored, *classes), argv, recipe_path)
     problems = gathered.problems
-    values: dict[str, Any] = {}
-    for name, given in gathered.values.items():
-        try:
-            values[name] = convert(given.value, annotations[name])
-        except Unconvertible as error:
-            problems.append(f"{given.place}: {given.written} is {_shown(given.value)}; {error}{_full_stop(error)}")
     problems += _misplaced_paths(gathered.values, values, recipe_path)
-    for name in PATHS:
-        if isinstance(values.get(name), str) and values[name].startswith("~"):
-            values[name] = str(Path(values[name]).expanduser())
-    if values.get("use_lora") is False and TrainingArguments in classes:
+    if values.get("use_lora") is False and any(issubclass(cls, TrainingOptions) for cls in classes):
         values.setdefault("learning_rate", FULL_FINETUNING_LEARNING_RATE)
     made = []
     for cls in classes:
@@ -124,6 +117,46 @@ def parse_arguments(
             problems += error.problems
     raise_problems(problems)
     return tuple(made)
+
+
+def peek(
+    classes: Sequence[type], argv: Sequence[str] = (), recipe_path: str | Path | None = None
+) -> tuple[Any, ...] | None:
+    """Read the options of some classes before those of others can be; faults are :func:`parse_arguments`'s to name.
+
+    Returns:
+        An instance of each class, of what could be read; ``None`` where that makes none.
+    """
+    try:
+        _, values = _read(classes, argv, recipe_path)
+        if any(_without_default(cls) - values.keys() for cls in classes):
+            return None
+        return tuple(cls(**{name: values[name] for name in field_types(cls) if name in values}) for cls in classes)
+    except ConfigError:
+        return None
+
+
+def _read(
+    classes: Sequence[type], argv: Sequence[str], recipe_path: str | Path | None
+) -> tuple[Gathered, dict[str, Any]]:
+    """Return the options as they were written, what was wrong with them, and their values."""
+    annotations = {name: kind for cls in classes for name, kind in field_types(cls).items()}
+    gathered = Gathered()
+    if recipe_path is not None:
+        _gather(read_yaml(Path(recipe_path)), str(recipe_path), annotations, gathered)
+    _gather_flags(argv, annotations, gathered)
+    values: dict[str, Any] = {}
+    for name, given in gathered.values.items():
+        try:
+            values[name] = convert(given.value, annotations[name])
+        except Unconvertible as error:
+            gathered.problems.append(
+                f"{given.place}: {given.written} is {_shown(given.value)}; {error}{_full_stop(error)}"
+            )
+    for name in PATHS:
+        if isinstance(values.get(name), str) and values[name].startswith("~"):
+            values[name] = str(Path(values[name]).expanduser())
+    return gathered, values
 
 
 def read_yaml(path: Path) -> dict[str, Raw]:

@@ -25,6 +25,10 @@ from vlmtune.data.sample import ImageRef
 logger = logging.getLogger("vlmtune.data")
 
 ROWS_AT_ONCE = 1_000
+# A thread's share: handing over an image takes as long as hashing a small one.
+IMAGES_AT_ONCE = 16
+# Each write to the database waits for the disk.
+WRITTEN_AT_ONCE = 10_000
 # A file changed this lately could change again within one tick of its clock, unseen.
 SETTLED_NS = 2_000_000_000
 
@@ -51,6 +55,7 @@ class Hasher:
         self._memory = memory or user_cache_dir() / "hashes.sqlite3"
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         self._database: sqlite3.Connection | None = None
+        self._new: list[tuple[str | None, int, int, bytes]] = []
         try:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self._memory, timeout=5)
@@ -63,6 +68,7 @@ class Hasher:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+        self._write()
         if self._database is not None:
             self._database.close()
 
@@ -75,7 +81,8 @@ class Hasher:
         states = {image.path: state for image in images if image.bytes is None and (state := _state(image.path))}
         known = self._known(states)
         absent = [image for image in images if image.bytes is not None or image.path not in known]
-        new = dict(zip(absent, self._pool.map(content_hash, absent), strict=True))
+        slices = [absent[start : start + IMAGES_AT_ONCE] for start in range(0, len(absent), IMAGES_AT_ONCE)]
+        new = dict(zip(absent, chain.from_iterable(self._pool.map(_hashes, slices)), strict=True))
         self._remember({image.path: value for image, value in new.items() if image.path in states}, states)
         return [new[image] if image in new else known[image.path] for image in images]
 
@@ -96,9 +103,14 @@ class Hasher:
 
     def _remember(self, hashes: dict[str | None, str], states: dict[str | None, _State]) -> None:
         latest = time.time_ns() - SETTLED_NS
-        rows = [
+        self._new += [
             (path, *states[path], bytes.fromhex(value)) for path, value in hashes.items() if states[path][1] < latest
         ]
+        if len(self._new) >= WRITTEN_AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        rows, self._new = self._new, []
         if self._database is None or not rows:
             return
         try:
@@ -129,6 +141,10 @@ def row_hashes(dataset: datasets.Dataset) -> Iterator[list[list[str]]]:
             yield [[of_batch.get(ref) or found[hash(ref)].hex() for ref in row] for row in rows]
 
 
+def _hashes(images: Sequence[ImageRef]) -> list[str]:
+    return [content_hash(image) for image in images]
+
+
 def _new(rows: Iterable[Iterable[ImageRef]], found: dict[int, bytes]) -> list[ImageRef]:
     return [ref for ref in dict.fromkeys(chain.from_iterable(rows)) if hash(ref) not in found]
 
@@ -137,7 +153,7 @@ def _state(path: str | None) -> _State | None:
     """Size and time of change of a file or of the archive it lies in; ``None`` where there is none."""
     member = archives.parse(path or "")
     try:
-        stat = Path(member.archive if member else path or "").stat()
+        stat = os.stat(member.archive if member else path or "")  # noqa: PTH116 - a million Path objects take seconds
     except (OSError, ValueError):
         return None
     return stat.st_size, stat.st_mtime_ns

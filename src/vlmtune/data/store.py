@@ -5,13 +5,10 @@ Shape legend: N rows.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import pyarrow as pa
 
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample, meta_text
+from vlmtune.data.scratch import folder
 
 logger = logging.getLogger("vlmtune.data")
 
@@ -74,7 +72,7 @@ class Store:
             self._tables.append(table)
             return
         if self._writer is None:
-            self._path = Path(tempfile.mkstemp(suffix=".arrow", dir=_folder())[1])
+            self._path = Path(tempfile.mkstemp(suffix=".arrow", dir=folder())[1])
             self._writer = pa.ipc.new_stream(str(self._path), SCHEMA)
             self._writer.write_table(self._tables.pop())
         self._writer.write_table(table)
@@ -185,10 +183,3 @@ def _first_of(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """(N,) index of the first place of each value."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     return first[inverse]
-
-
-@lru_cache(maxsize=1)
-def _folder() -> str:
-    folder = tempfile.mkdtemp(prefix="vlmtune-rows-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder

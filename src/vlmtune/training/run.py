@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback
 from vlmtune.batching.collator import SharedImageCollator
 from vlmtune.config import EvaluationArguments, ModelWithLoRAArguments, TrainingArguments, VLMDataArguments
 from vlmtune.config.secrets import redact
+from vlmtune.data.loading import load_train_and_eval
 from vlmtune.errors import ConfigError
 from vlmtune.evaluation.card import leave_card
 from vlmtune.evaluation.defaults import default_metrics
@@ -40,7 +41,7 @@ from vlmtune.training.probe import require_trainable
 from vlmtune.training.ranks import fill_between_ranks
 from vlmtune.training.refused_options import refuse_options
 from vlmtune.training.resume import data_differences, interruptions, note_versions, recipe_differences, require_same
-from vlmtune.training.run_data import RunData, load_run_data
+from vlmtune.training.run_data import Load, RunData, load_run_data
 from vlmtune.training.run_info import plain, save_training_info
 from vlmtune.training.sharding import check_strategy
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
@@ -74,6 +75,7 @@ def run_training(
     evaluation_args: EvaluationArguments | None = None,
     *,
     progress: Progress | None = None,
+    load: Load = load_train_and_eval,
 ) -> RunResult:
     """Check the data, load the model, train and save.
 
@@ -83,6 +85,7 @@ def run_training(
         training_args: the training.
         evaluation_args: how answers are generated and scored, where ``eval_answers`` asks for them.
         progress: shows how far the image features are.
+        load: how the data are loaded.
 
     Everything that can be found wrong without weights is found before they load: the output directory, the
     options, every row and image, every text's length.
@@ -92,7 +95,7 @@ def run_training(
     """
     output_dir = Path(str(training_args.output_dir))
     with only_run(output_dir) if training_args.should_save else nullcontext():
-        return _run(model_args, data_args, training_args, evaluation_args, output_dir, progress)
+        return _run(model_args, data_args, training_args, evaluation_args, output_dir, progress, load)
 
 
 def _run(
@@ -102,6 +105,7 @@ def _run(
     evaluation_args: EvaluationArguments | None,
     output_dir: Path,
     progress: Progress | None,
+    load: Load,
 ) -> RunResult:
     check_strategy(training_args, model_args)
     refuse_options(training_args, own_batches=True)
@@ -119,7 +123,7 @@ def _run(
     setup_training_environment(training_args.seed)
 
     family, processor = _family_and_processor(model_args, training_args)
-    data = load_run_data(data_args, family, processor, model_args.attn_implementation)
+    data = load_run_data(data_args, family, processor, model_args.attn_implementation, load)
     scorer = _answer_scorer(data, processor, training_args, evaluation_args)
     choose_best_by(training_args, list(scorer.metrics) if scorer else [])
 

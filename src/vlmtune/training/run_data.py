@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from vlmtune.training.data_record import describe_data, quarantined
 from vlmtune.training.image_reuse import check_row_limits, shares_images, with_image_keys
 
 logger = logging.getLogger("vlmtune.training")
+
+Load = Callable[[VLMDataArguments], tuple[LoadedData, LoadedData | None]]
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,26 @@ class RunData:
 
 
 def load_run_data(
-    data_args: VLMDataArguments, family: Family, processor: Any, attn_implementation: str | None
+    data_args: VLMDataArguments,
+    family: Family,
+    processor: Any,
+    attn_implementation: str | None,
+    load: Load = load_train_and_eval,
 ) -> RunData:
     """Load the data of a run, measure every text, and find which samples share an image.
+
+    Args:
+        data_args: which data, and how images are reused.
+        family: the model's family.
+        processor: its processor.
+        attn_implementation: the attention code, where one was chosen.
+        load: how the data are loaded.
 
     Raises:
         VlmtuneError: data that cannot be loaded, too many bad rows, texts that are too long, or images that are to be
             shared and cannot be.
     """
-    train, evaluation = load_train_and_eval(data_args)
+    train, evaluation = load(data_args)
     share = shares_images(family, data_args.share_images, attn_implementation)
     limits = {"max_texts_per_row": data_args.max_texts_per_row, "max_tokens_per_row": data_args.max_tokens_per_row}
     collator_class: Any = SharedImageCollator if share else BaseVLMDataCollator
