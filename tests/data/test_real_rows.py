@@ -266,6 +266,52 @@ def test_bad_lines_of_csv_are_named(folder: Path, line: str, reason: str) -> Non
     assert reason in bad.reason and ("gone" in line or bad.id == "data.csv, line 3")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "ndjson", "tar"])
+def test_a_folder_for_each_split(folder: Path, photo: Callable[[int], bytes], kind: str) -> None:
+    """As the Hub converts data sets to Parquet, and as shards are often kept."""
+    for number, split in enumerate(("train", "test")):
+        (folder / split).mkdir()
+        row = {"question": f"What of {split}?", "answer": "A dog."}
+        if kind == "parquet":
+            table(folder, f"{split}/0000.parquet", row)
+        elif kind == "tar":
+            content = json.dumps(row).encode()
+            with tarfile.open(folder / split / "00000.tar", "w") as opened:
+                member = tarfile.TarInfo("a.json")
+                member.size = len(content)
+                opened.addfile(member, io.BytesIO(content))
+        else:
+            (folder / split / "0.jpg").write_bytes(photo(number))
+            lines(folder / split, row | {"image": "0.jpg"}, name=f"rows.{kind}")
+    format = {"parquet": "tables", "tar": "webdataset"}.get(kind, "messages")
+    assert [one.name for one in FORMATS.values() if one.detect(folder)] == [format]
+    assert set(FORMATS[format].splits(folder)) == {"train", "test"}
+    (sample,) = read(folder, split="test")
+    assert sample.prompt[0].text == "What of test?" and sample.id.startswith("test/")
+
+
+@pytest.mark.parametrize("layout", ["rows", "coco"])
+def test_names_written_on_windows(folder: Path, photo: Callable[[int], bytes], layout: str) -> None:
+    (folder / "images").mkdir()
+    (folder / "images" / "a.jpg").write_bytes(photo(2))
+    if layout == "rows":
+        lines(folder, {"image": "images\\a.jpg", "caption": "A dog."}, {"image": "..\\..\\a.jpg", "caption": "Out."})
+    else:
+        image = {"id": 1, "file_name": "images\\a.jpg"}
+        annotations = [{"id": 1, "image_id": 1, "caption": "A dog."}]
+        (folder / "captions_train.json").write_text(json.dumps({"images": [image], "annotations": annotations}))
+    data = load_samples(folder, max_bad_fraction=0.5, verify_images="full")
+    assert data.dataset[0]["images"][0]["path"] == str(folder / "images" / "a.jpg")
+    assert [row.kind for row in data.quarantine.rows] == (["outside the data"] if layout == "rows" else [])
+
+
+def test_flickr30k_with_commas(folder: Path) -> None:
+    (folder / "captions.txt").write_text("image_name,comment_number,comment\n0.jpg,0, A dog , running .\n0.jpg,1\n")
+    data = load_samples(folder, max_bad_fraction=0.5)
+    assert (data.format, Sample.from_row(data.dataset[0]).target) == ("flickr", "A dog , running .")
+    assert [row.id for row in data.quarantine.rows] == ["captions.txt, line 3"]
+
+
 def test_folders_of_pairs_are_one_data_set(folder: Path, photo: Callable[[int], bytes]) -> None:
     """As img2dataset writes files, and kohya's scripts want them."""
     for name, ending in (("00000", "txt"), ("10_dog", "caption")):
@@ -340,6 +386,8 @@ def test_of_a_folder_without_a_format_it_is_said_what_is_seen(folder: Path) -> N
     assert hint().startswith("It holds images but no texts")
     (folder / "data.yaml").write_text("nc: 1")
     assert hint().startswith("Boxes of YOLO")
+    (folder / "all.json").write_text(json.dumps({"07": {"question": "What?", "imageId": "1"}}))
+    assert hint().startswith("all.json is one object (07, question, imageId); rows are a list")
     (folder / "photos.zip").write_bytes(b"PK")
     assert hint(folder / "photos.zip").startswith("Unpack it")
     for name in ("ai2d", "vqav2"):

@@ -62,6 +62,9 @@ class Placer:
                 return ImageRef(str(archives.open_archive(archive)[name]))
             except KeyError:
                 raise ImageError(f"{archive} holds no file {name!r}. Correct the name.") from None
+        if "\\" in path and not os.path.exists(path):  # noqa: PTH110 - Path's raises where a name is too long
+            # Written on Windows.
+            path = path.replace("\\", "/")
         self._require_inside(path)
         return ImageRef(path)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlmtune.data import hub
 from vlmtune.data.formats import FORMATS, Format, easy_vqa
-from vlmtune.data.formats.files import first_keys, visible
+from vlmtune.data.formats.files import first_keys, outer_keys, visible
 from vlmtune.data.formats.row_files import has_rows
 from vlmtune.data.formats.table_files import BINARY, TEXT, columns_of
 from vlmtune.data.images import EXTENSIONS
@@ -95,6 +95,8 @@ def _columns_hint(files: list[Path]) -> list[str]:
             columns, format = columns_of(file), "tables"
         else:
             columns, format = (sorted(first_keys(file)), "messages") if has_rows(file) else ([], "")
+        if file.suffix.lower() == ".json" and not columns and (keys := outer_keys(file)):
+            return [f"{file.name} is one object ({', '.join(keys[:SHOWN])}); rows are a list, or an object a line."]
         if columns and file.name.lower().startswith("metadata."):
             format = "imagefolder"
         if columns:

@@ -99,7 +99,7 @@ def head_of(file: Path, size: int = HEAD) -> str:
 
 def layout_of(file: Path, head: str | None = None) -> Layout:
     """Tell JSON lines, one list and one object apart by the name and the first characters."""
-    if plain_name(file).lower().endswith(".jsonl"):
+    if plain_name(file).lower().endswith((".jsonl", ".ndjson")):
         return "lines"
     text = (head_of(file) if head is None else head).lstrip()
     if text.startswith("["):
@@ -128,6 +128,12 @@ def first_keys(file: Path) -> frozenset[str]:
     if row is None:
         return frozenset(_KEY.findall(text))
     return frozenset(row) if isinstance(row, dict) else frozenset()
+
+
+def outer_keys(file: Path) -> list[str]:
+    """Return the keys in the first characters of a JSON object, nested ones too; none for anything else."""
+    head = head_of(file)
+    return list(dict.fromkeys(_KEY.findall(head))) if head.lstrip().startswith("{") else []
 
 
 def has_keys(file: Path, *keys: str) -> bool:
@@ -207,6 +213,11 @@ def split_name(text: str) -> str | None:
     """Return the split that a file's or folder's name holds: ``val`` of ``captions_val2014.json``."""
     found = _SPLIT.search(re.sub(r"\d+", " ", text.replace("_", " ")))
     return found[1].lower() if found else None
+
+
+def split_folders(path: Path) -> dict[str, Path]:
+    """Split name -> the folder of that name; none where ``path`` is no folder."""
+    return {name: path / name for name in SPLITS if (path / name).is_dir()}
 
 
 def shard_split(file: Path) -> str:
@@ -290,7 +301,7 @@ def is_file(folder: Path, name: Any) -> bool:
     try:
         if isinstance(name, str) and archives.is_archive(folder):
             return name in archives.open_archive(folder)
-        return isinstance(name, str) and (folder / name).is_file()
+        return isinstance(name, str) and any((folder / one).is_file() for one in {name, name.replace("\\", "/")})
     except (OSError, ValueError):
         return False
 

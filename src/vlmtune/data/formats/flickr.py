@@ -2,7 +2,8 @@
 
 Layouts, by the captions file in the folder:
 
-* ``captions.txt``, ``captions.csv``: CSV with the header ``image,caption`` (Kaggle)
+* ``captions.txt``, ``captions.csv``: CSV with the header ``image,caption`` (Kaggle), or of Flickr30k
+  ``image_name,comment_number,comment``
 * ``*.token.txt``, ``*.token``: ``name#number<TAB>caption`` (the official files), splits in
   ``Flickr_8k.{train,dev,test}Images.txt``
 * ``results.csv``, ``results*.csv``: ``image_name| comment_number| comment`` (Flickr30k); one row of the
@@ -34,6 +35,8 @@ IMAGE_FOLDERS = (
     "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "Flicker8k_Images", "flickr30k_images",
     "flickr30k-images", "Flickr30k_Images",
 )  # fmt: skip
+# Of Flickr30k with commas.
+NUMBERED = ["image_name", "comment_number", "comment"]
 # Folders of the archives that hold the captions file.
 TEXT_FOLDER = "Flickr8k_text"
 CAPTION_FOLDERS = (TEXT_FOLDER, "flickr30k_images")
@@ -143,7 +146,7 @@ def _kind(file: Path) -> str | None:
         return None
     line = first_line(file)
     columns = [column.strip().lower() for column in line.split(",")]
-    if columns == ["image", "caption"] or columns == ["image_name", "caption"]:
+    if columns in (["image", "caption"], ["image_name", "caption"], NUMBERED):
         return "csv"
     if {"raw", "split", "filename"} <= set(columns):
         return "lists"
@@ -195,6 +198,7 @@ def _raw_lines(file: Path, *, header: bool) -> Iterator[tuple[str, str]]:
 
 def _csv_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
     """Read CSV row by row, so that a stray quote spoils its own row and no other."""
+    before = 2 if first_line(file).lower().replace(" ", "").split(",") == NUMBERED else 1
     lines = _raw_lines(file, header=True)
     following = next(lines, None)
     while following is not None:
@@ -208,11 +212,11 @@ def _csv_rows(file: Path, quarantine: Quarantine) -> Iterator[Caption]:
             quarantine.add(place, "unreadable row", NO_TEXT)
         elif row is None:
             quarantine.add(place, "unreadable row", f"{text[:80]!r} has a quote that is never closed")
-        elif len(row) < 2:
+        elif len(row) <= before:
             quarantine.add(place, "unreadable row", f"{text[:80]!r} has no caption after the image's name")
         else:
             # A caption with commas that nobody quoted runs over several fields.
-            yield Caption(place, row[0].strip(), ",".join(row[1:]))
+            yield Caption(place, row[0].strip(), ",".join(row[before:]))
 
 
 def _csv_row(text: str) -> list[str] | None:

@@ -13,6 +13,7 @@ from vlmtune.data.formats.files import (
     json_rows,
     plain_name,
     samples_of,
+    split_folders,
     split_name,
     visible,
 )
@@ -20,7 +21,7 @@ from vlmtune.data.formats.rows import make_samples
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.sample import Sample
 
-SUFFIXES = (".jsonl", ".json")
+SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 def row_format(*, name: str, looks_like: str, wants: Callable[[Collection[str]], bool]) -> Format:
@@ -39,10 +40,10 @@ def row_format(*, name: str, looks_like: str, wants: Callable[[Collection[str]],
         if path.is_file():
             return {"": [path]}
         # Where a person names the format, and what columns of their own are, every file of rows is meant.
-        return _by_split(path, is_mine) or _by_split(path, has_rows)
+        return _parts(path, is_mine) or _parts(path, has_rows)
 
     def detect(path: Path) -> bool:
-        return bool(_by_split(path, is_mine)) if path.is_dir() else is_mine(path)
+        return bool(_parts(path, is_mine)) if path.is_dir() else is_mine(path)
 
     def splits(path: Path) -> tuple[str, ...]:
         return tuple(name for name in parts(path) if name)
@@ -57,9 +58,19 @@ def row_format(*, name: str, looks_like: str, wants: Callable[[Collection[str]],
     return Format(name=name, looks_like=looks_like, detect=detect, splits=splits, load=load, asks=())
 
 
+def _parts(path: Path, fits: Callable[[Path], bool]) -> dict[str, list[Path]]:
+    """Split name -> its files, in the folder or in one for each split."""
+    inside = {name: _rows_in(folder, fits) for name, folder in split_folders(path).items()}
+    return _by_split(path, fits) or {name: files for name, files in inside.items() if files}
+
+
+def _rows_in(folder: Path, fits: Callable[[Path], bool]) -> list[Path]:
+    return [file for file in visible(folder) if file.is_file() and fits(file)]
+
+
 def _by_split(folder: Path, fits: Callable[[Path], bool]) -> dict[str, list[Path]]:
     """Split name -> its files; a file whose name holds no split is one by its stem."""
-    found = [file for file in visible(folder) if file.is_file() and fits(file)]
+    found = _rows_in(folder, fits)
     stems = [Path(plain_name(file)).stem for file in found]
     parts: dict[str, list[Path]] = {}
     for stem, file in zip(stems, found, strict=True):

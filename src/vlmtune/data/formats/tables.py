@@ -19,7 +19,7 @@ import datasets
 from vlmtune.data.formats import flickr, imagefolder
 from vlmtune.data.formats.base import Format, Source
 from vlmtune.data.formats.columns import shape_of
-from vlmtune.data.formats.files import RowError, chosen, id_prefix, samples_of, shard_split, visible
+from vlmtune.data.formats.files import RowError, chosen, id_prefix, samples_of, shard_split, split_folders, visible
 from vlmtune.data.formats.rows import make_samples
 from vlmtune.data.formats.table_files import BINARY, TEXT, columns_of, features_of, table_rows
 from vlmtune.data.quarantine import Quarantine
@@ -90,7 +90,8 @@ def _files(path: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for file in _in_folder(path) or _in_folder(path / "data"):
         found.setdefault(shard_split(file), []).append(file)
-    return found
+    # As the Hub converts data sets to Parquet: train/0000.parquet.
+    return found or {name: files for name, folder in split_folders(path).items() if (files := _in_folder(folder))}
 
 
 def _prepared(path: Path) -> dict[str, list[Path]]:

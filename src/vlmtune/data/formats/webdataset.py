@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +18,7 @@ from vlmtune.data import archives
 from vlmtune.data.archives import Member
 from vlmtune.data.formats.base import Format, Source
 from vlmtune.data.formats.columns import IMAGE_COLUMNS, shape_of
-from vlmtune.data.formats.files import RowError, chosen, id_prefix, samples_of, shard_split, visible
+from vlmtune.data.formats.files import RowError, chosen, id_prefix, samples_of, shard_split, split_folders, visible
 from vlmtune.data.formats.rows import make_samples
 from vlmtune.data.images import EXTENSIONS
 from vlmtune.data.quarantine import Quarantine
@@ -159,7 +159,8 @@ def _shards(path: Path) -> dict[str, list[Path]]:
     for file in visible(path) if path.is_dir() else []:
         if file.suffix.lower() == ".tar" and file.is_file():
             found.setdefault(shard_split(file), []).append(file)
-    return found
+    inside = {name: _shards(folder) for name, folder in split_folders(path).items()} if not found else {}
+    return found or {name: list(chain(*shards.values())) for name, shards in inside.items() if shards}
 
 
 FORMAT = Format(
