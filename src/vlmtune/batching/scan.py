@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -150,7 +151,9 @@ def measure_rows(
         columns: name and Arrow type of each column.
         processes: worker processes; by default one a CPU core, and none below 20,000 rows.
     """
-    cores = len(os.sched_getaffinity(0)) if len(dataset) >= PARALLEL_FROM else None
+    # A process that loads data may not start others.
+    alone = multiprocessing.current_process().daemon
+    cores = len(os.sched_getaffinity(0)) if len(dataset) >= PARALLEL_FROM and not alone else None
     return dataset.map(
         _measure_batch,
         fn_kwargs={"measure": measure},

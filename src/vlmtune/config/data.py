@@ -94,6 +94,16 @@ class VLMDataArguments(Checked):
     on_too_long: Literal["error", "drop", "truncate_text"] = option(
         "error", help="What happens to a longer sample: stop, leave it out (and count it), or cut its text at the end."
     )
+    streaming: bool = option(
+        False,
+        help="Read the shards of WebDataset data while training goes on, each process its own, with nothing of the "
+        "whole in memory: for data too large for an index. Needs max_steps.",
+    )
+    streaming_shards: int = option(
+        1,
+        help="With streaming, shards of a process that are shuffled together, and between which texts share images. "
+        "All of their rows are checked before the first is trained on.",
+    )
     share_images: Switch = option(
         "auto",
         help="Compute an image once for all texts about it in a batch. auto does so wherever it is exact; on makes it "
@@ -128,6 +138,7 @@ class VLMDataArguments(Checked):
         "max_pixels": AT_LEAST_ONE,
         "image_timeout": POSITIVE,
         "max_length": AT_LEAST_ONE,
+        "streaming_shards": AT_LEAST_ONE,
         "max_texts_per_row": AT_LEAST_ONE,
         "max_tokens_per_row": AT_LEAST_ONE,
         "cache_max_gb": POSITIVE,
@@ -136,6 +147,12 @@ class VLMDataArguments(Checked):
     def problems(self) -> list[str]:
         """Return what is wrong with the values, one sentence each."""
         found = super().problems()
+        if self.streaming:
+            found += [
+                f"{name} needs all samples to be known, which streaming does not; leave out one of them."
+                for name in ("max_train_samples", "validation_fraction")
+                if getattr(self, name)
+            ]
         if self.private_image_hosts and not self.allow_remote_images:
             found.append("private_image_hosts goes with allow_remote_images: true alone.")
         ways = [name for name in ("eval_split", "eval_dataset_path", "validation_fraction") if getattr(self, name)]

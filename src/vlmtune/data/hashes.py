@@ -49,13 +49,16 @@ class Hasher:
     Args:
         memory: the file that hashes are remembered in; by default one in the user's cache folder. Where it cannot be
             used, every image is hashed anew.
+        remember: whether there is one at all.
     """
 
-    def __init__(self, memory: Path | None = None) -> None:
+    def __init__(self, memory: Path | None = None, *, remember: bool = True) -> None:
         self._memory = memory or user_cache_dir() / "hashes.sqlite3"
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         self._database: sqlite3.Connection | None = None
         self._new: list[tuple[str | None, int, int, bytes]] = []
+        if not remember:
+            return
         try:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self._memory, timeout=5)
@@ -124,14 +127,14 @@ class Hasher:
         self._database = None
 
 
-def row_hashes(dataset: datasets.Dataset) -> Iterator[list[list[str]]]:
-    """Yield the content hashes of the images of each row, in batches of rows.
+def row_hashes(dataset: datasets.Dataset, *, remember: bool = True) -> Iterator[list[list[str]]]:
+    """Yield the content hashes of the images of each row, in batches of rows; ``remember`` is :class:`Hasher`'s.
 
     Raises:
         ImageError: an image cannot be read.
     """
     found: dict[int, bytes] = {}
-    with Hasher() as hasher:
+    with Hasher(remember=remember) as hasher:
         for batch in dataset.select_columns(["images"]).with_format("arrow").iter(ROWS_AT_ONCE):
             rows = [[ImageRef(**image) for image in row] for row in batch["images"].to_pylist()]
             new = _new(rows, found)

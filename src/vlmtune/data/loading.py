@@ -23,6 +23,7 @@ from vlmtune.data.formats import FORMATS, Source
 from vlmtune.data.formats.columns import renaming
 from vlmtune.data.hashes import row_hashes
 from vlmtune.data.placing import Placer, absolute
+from vlmtune.data.progress import shows_progress
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.recognition import choose_format, resolve
 from vlmtune.data.sample import TYPE_FIELDS, ImageRef
@@ -159,14 +160,22 @@ def load_train_and_eval(options: DataOptions) -> tuple[LoadedData, LoadedData | 
         place = resolve(options.dataset_path)
         train_split = "train" if "train" in choose_format(place, options.dataset_format).splits(place) else None
     train = load_split(options, options.dataset_path, train_split)
-    evaluation: LoadedData | None = None
     if options.validation_fraction:
         train, evaluation = split_by_image(train, options.validation_fraction, options.split_seed)
-    elif options.eval_split or options.eval_dataset_path:
-        evaluation = load_split(options, options.eval_dataset_path or options.dataset_path, options.eval_split)
-    if evaluation is not None:
-        evaluation = subset(evaluation, options.max_eval_samples, options.split_seed)
-    return subset(train, options.max_train_samples, options.split_seed), evaluation
+        return subset(train, options.max_train_samples, options.split_seed), _evaluated(evaluation, options)
+    return subset(train, options.max_train_samples, options.split_seed), load_evaluation(options)
+
+
+def load_evaluation(options: DataOptions) -> LoadedData | None:
+    """Read the evaluation data, where the options name a split or data of its own for it."""
+    if not (options.eval_split or options.eval_dataset_path):
+        return None
+    path = options.eval_dataset_path or options.dataset_path
+    return _evaluated(load_split(options, path, options.eval_split), options)
+
+
+def _evaluated(data: LoadedData, options: DataOptions) -> LoadedData:
+    return subset(data, options.max_eval_samples, options.split_seed)
 
 
 def load_split(options: DataOptions, path: str, split: str | None) -> LoadedData:
@@ -268,7 +277,7 @@ def _with_bad_images(
     problems: dict[ImageRef, str] = {}
     rows = dataset.select_columns(["id", "images"]).with_format("arrow")
     starts: Iterable[int] = range(0, len(dataset), ROWS_AT_ONCE)
-    if len(dataset) >= PROGRESS_FROM:
+    if len(dataset) >= PROGRESS_FROM and shows_progress():
         starts = track(starts, description="Checking images", transient=True)
     for start in starts:
         batch = rows[start : start + ROWS_AT_ONCE]

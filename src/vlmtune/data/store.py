@@ -125,6 +125,13 @@ class Store:
         return dataset.remove_columns("id").add_column("id", ids).select_columns(SCHEMA.names)
 
 
+def discard(dataset: datasets.Dataset) -> None:
+    """Delete the temporary file that holds the rows of a store's data set, where there is one."""
+    for file in dataset.cache_files:
+        if Path(file["filename"]).parent == Path(_folder()):
+            Path(file["filename"]).unlink(missing_ok=True)
+
+
 def table_of(samples: Sequence[Sample]) -> pa.Table:
     """Return the rows of samples, as :meth:`~vlmtune.data.sample.Sample.to_row` gives them, as one table."""
     images = [one.images for one in samples]

@@ -24,20 +24,17 @@ def record_left_out(output_dir: Path, left_out: list[tuple[str, str]]) -> None:
         write_whole(output_dir / "left_out.jsonl", "\n".join(lines) + "\n")
 
 
-def describe_data(
-    train: LoadedData, train_scan: Scan, evaluation: LoadedData | None, eval_scan: Scan | None
-) -> dict[str, Any]:
-    """Return the entry of the data in ``run.json``."""
-    record: dict[str, Any] = {
-        "format": train.format,
-        "train": {
-            "samples": len(train_scan.kept),
-            "left_out": len(train.dataset) - len(train_scan.kept) + len(train.quarantine.rows),
-            "tokens": int(train_scan.lengths.sum()),
-            "supervised_tokens": int(train_scan.supervised.sum()),
-            "fingerprint": fingerprint(train.dataset),
-        },
+def describe_train(train: LoadedData, found: Scan) -> dict[str, Any]:
+    """Return the entry of the training data in ``run.json``."""
+    return {
+        "samples": len(found.kept),
+        "left_out": len(train.dataset) - len(found.kept) + len(train.quarantine.rows),
+        "tokens": int(found.lengths.sum()),
+        "supervised_tokens": int(found.supervised.sum()),
+        "fingerprint": fingerprint(train.dataset),
     }
-    if evaluation is not None and eval_scan is not None:
-        record["evaluation"] = {"samples": len(eval_scan.kept), "fingerprint": fingerprint(evaluation.dataset)}
-    return record
+
+
+def describe_evaluation(evaluation: LoadedData, found: Scan) -> dict[str, Any]:
+    """Return the entry of the evaluation data in ``run.json``."""
+    return {"samples": len(found.kept), "fingerprint": fingerprint(evaluation.dataset)}

@@ -43,13 +43,19 @@ Progress = Callable[[int, int], None]
 IMAGES_AT_ONCE = 16
 
 
-def with_image_keys(dataset: datasets.Dataset) -> datasets.Dataset:
+def with_image_keys(dataset: datasets.Dataset, *, remember: bool = True) -> datasets.Dataset:
     """Add the column ``image_key``: the content hashes of the row's images, in order, joined by spaces.
+
+    Args:
+        dataset: rows.
+        remember: keep the hashes on disk, for other runs.
 
     Raises:
         ImageError: an image cannot be read.
     """
-    keys = pa.chunked_array([pa.array(map(" ".join, batch), pa.string()) for batch in row_hashes(dataset)], pa.string())
+    keys = pa.chunked_array(
+        [pa.array(map(" ".join, batch), pa.string()) for batch in row_hashes(dataset, remember=remember)], pa.string()
+    )
     # The default fingerprint would hash every key; nothing here is reused by it.
     return dataset.add_column("image_key", keys, new_fingerprint=uuid.uuid4().hex)
 

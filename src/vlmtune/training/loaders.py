@@ -20,6 +20,7 @@ from transformers.trainer_utils import seed_worker
 
 from vlmtune.batching.sampler import ImageGroupSampler, WithFillers
 from vlmtune.errors import TrainingError
+from vlmtune.training.streaming import StreamSampler
 
 logger = logging.getLogger("vlmtune.training")
 
@@ -30,7 +31,7 @@ WORKER_ERRORS = (RuntimeError, OSError, EOFError)
 
 
 def batch_loader(
-    rows: Any, sampler: ImageGroupSampler, collator: Any, args: Any, accelerator: Any
+    rows: Any, sampler: ImageGroupSampler | StreamSampler, collator: Any, args: Any, accelerator: Any
 ) -> DataLoader[dict[str, Any]]:
     """Return a loader of ``sampler``'s batches of ``rows``, put on this rank's device.
 
@@ -42,7 +43,7 @@ def batch_loader(
         accelerator: the trainer's.
     """
     loader: DataLoader[dict[str, Any]] = DataLoader(
-        WithFillers(rows),
+        rows if isinstance(rows, WithFillers) else WithFillers(rows),
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,

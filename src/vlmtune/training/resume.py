@@ -57,12 +57,18 @@ def data_differences(before: Mapping[str, Any], data: Mapping[str, Any], model: 
     for name, title in (("train", "the training data"), ("evaluation", "the evaluation data")):
         then, now = (record.get(name) or {} for record in (before.get("data", {}), data))
         if then.get("fingerprint") != now.get("fingerprint"):
-            counts = " and ".join(f"{one.get('samples', 0):,} samples" for one in (then, now))
-            found.append(f"{title} changed ({counts.replace(' and ', ' then, ')} now)")
+            before_and_after = " then, ".join(_size(one) for one in (then, now))
+            found.append(f"{title} changed ({before_and_after} now)")
     then, now = before.get("model", {}).get("fingerprint"), model.get("fingerprint")
     if then is not None and now is not None and then != now:
         found.append(f"the weights of the base model {model.get('name')} changed")
     return found
+
+
+def _size(record: Mapping[str, Any]) -> str:
+    if "shards" in record:
+        return f"{record['shards']:,} shards of {record['bytes']:,} bytes"
+    return f"{record.get('samples', 0):,} samples"
 
 
 def require_same(differences: list[str], output_dir: Any, *, force: bool) -> None:

@@ -123,7 +123,9 @@ def _run(
     setup_training_environment(training_args.seed)
 
     family, processor = _family_and_processor(model_args, training_args)
-    data = load_run_data(data_args, family, processor, model_args.attn_implementation, load)
+    data = load_run_data(
+        data_args, training_args, family, processor, model_args.attn_implementation, load
+    )
     scorer = _answer_scorer(data, processor, training_args, evaluation_args)
     choose_best_by(training_args, list(scorer.metrics) if scorer else [])
 
@@ -139,12 +141,15 @@ def _run(
     require_trainable(trainer.model, processor, family)
     _use_cached_features(trainer, data, progress)
     if training_args.device_batch_size == "auto":
-        DeviceBatch(trainer, lambda: data.train_sampler(training_args), data.train_scan, model_args).choose()
+        assert data.train_scan is not None, "check_streaming refuses it"
+        DeviceBatch(trainer, lambda: data.group_sampler(training_args), data.train_scan, model_args).choose()
 
     left_out = data.left_out()
     # Written last, so that a run that cannot begin leaves an empty directory and can be started again.
     if training_args.should_save:
-        record_left_out(output_dir, left_out)
+        # That of a stream is continued while it is read.
+        if data.stream is None or start.checkpoint is None:
+            record_left_out(output_dir, left_out)
         step = step_of(start.checkpoint) if start.checkpoint else 0
         save_training_info(
             output_dir,
@@ -266,6 +271,9 @@ def _trainer(
 def _use_cached_features(trainer: MemoryEfficientTrainer, data: RunData, progress: Progress | None) -> None:
     """Let rows that share images take their features from the cache, and what computed them leave the device."""
     if not isinstance(data.collator, SharedImageCollator):
+        return
+    if data.stream is not None:
+        logger.info("image features are computed in every step: streaming does not keep them")
         return
     sets = [rows for rows in (data.train_rows, data.eval_rows) if rows is not None]
     cache = fill_between_ranks(trainer, data.collator, data.options, sets, progress)

@@ -26,6 +26,7 @@ class RunState:
         evaluation_due: the step's evaluation was cut short, and comes before the next step.
         device_batch: samples a device takes at once.
         accumulation: batches of a device in one step.
+        streamed: of each rank, the step at which its window began, and the window's number; with streaming alone.
     """
 
     loss_since_log: float = 0.0
@@ -37,6 +38,7 @@ class RunState:
     evaluation_due: bool = False
     device_batch: int = 0
     accumulation: int = 0
+    streamed: list[list[int]] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
     def seconds(self) -> float:

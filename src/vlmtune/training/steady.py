@@ -24,6 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
+from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.errors import NonFiniteError, ResumeError, StoppedBySignal, TrainingError
 from vlmtune.training.accumulation import GradientAccumulationManager
 from vlmtune.training.checkpoints import delete_old, latest_checkpoint, require_whole, step_of, writing_checkpoint
@@ -38,6 +39,7 @@ from vlmtune.training.loaders import (
 from vlmtune.training.run_state import RunState
 from vlmtune.training.sharding import require_as_many_ranks
 from vlmtune.training.signals import StopNow, StopSignals
+from vlmtune.training.streaming import StreamSampler, go_on, positions
 
 logger = logging.getLogger("vlmtune.training")
 
@@ -55,6 +57,7 @@ class SteadyTrainer(Trainer):
 
     Attributes:
         run_state: the figures that go on over interruptions.
+        train_sampler: makes the training batches of this rank; ``None`` for the base class's.
         skipping: the step in progress is left out.
         stop_signals: entered by whoever wants SIGTERM and SIGINT to end the run after a step.
     """
@@ -62,6 +65,7 @@ class SteadyTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run_state = RunState()
+        self.train_sampler: ImageGroupSampler | StreamSampler | None = None
         self.stop_signals = StopSignals()
         self._restored: RunState | None = None
         self._batches: SteadyBatches | None = None
@@ -97,6 +101,7 @@ class SteadyTrainer(Trainer):
             own = checkpoint.resolve().parent == Path(str(self.args.output_dir)).resolve()
             self._saved_step = step_of(checkpoint) if own else -1
             self._take_smaller_batches(self._restored)
+            go_on(self.train_sampler, self._restored.streamed)
         while True:
             try:
                 return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
@@ -170,7 +175,7 @@ class SteadyTrainer(Trainer):
         try:
             # PyTorch's loader draws a random number when it starts; whether it starts here or after a fault must not
             # change what follows. Without a sampler of ours that number is the order of the samples.
-            neutral = first and getattr(self, "train_sampler", None) is not None
+            neutral = first and self.train_sampler is not None
             with self.stop_signals.at_once(alone), kept_random_state() if neutral else nullcontext():
                 batches, count = super().get_batch_samples(self._batches, num_batches, device)
                 return batches, count
@@ -292,9 +297,8 @@ class SteadyTrainer(Trainer):
     def _set_batches(self, device_batch: int, accumulation: int) -> None:
         self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps = device_batch, accumulation
         self._train_batch_size = self.args.train_batch_size
-        sampler = getattr(self, "train_sampler", None)
-        if sampler is not None:
-            sampler.set_batches(self.args.train_batch_size, accumulation)
+        if self.train_sampler is not None:
+            self.train_sampler.set_batches(self.args.train_batch_size, accumulation)
 
     # -- saving -------------------------------------------------------------------------------------------
 
@@ -352,6 +356,7 @@ class SteadyTrainer(Trainer):
         place = run_dir / f"checkpoint-{state.global_step}"
         self.store_flos()
         mean_loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+        self.run_state.streamed = positions(self.train_sampler, self.accelerator)
         with self.whole_checkpoint(place) as folder:
             self.save_model(str(folder), _internal_call=True)
             best = run_dir / f"checkpoint-{state.best_global_step}"

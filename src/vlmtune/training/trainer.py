@@ -33,6 +33,7 @@ from vlmtune.training.refused_options import refuse_options
 from vlmtune.training.sharding import ShardingTrainer
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
 from vlmtune.training.steady import SteadyTrainer
+from vlmtune.training.streaming import StreamSampler
 from vlmtune.training.throughput import Work
 from vlmtune.training.trackers import let_trackers_fail
 from vlmtune.training.watchdog import Watchdog
@@ -66,7 +67,7 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
         self,
         *args: Any,
         loss_chunk_tokens: int = 0,
-        train_sampler: ImageGroupSampler | None = None,
+        train_sampler: ImageGroupSampler | StreamSampler | None = None,
         eval_sampler: ImageGroupSampler | None = None,
         answer_scorer: AnswerScorer | None = None,
         **kwargs: Any,
@@ -78,6 +79,8 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
         install_supervised_loss(self.model, chunk_tokens=loss_chunk_tokens)
         self.family = get_family(self.accelerator.unwrap_model(self.model))
         self.train_sampler, self.eval_sampler = train_sampler, eval_sampler
+        if isinstance(train_sampler, StreamSampler):
+            train_sampler.done = lambda: self.state.global_step
         self.answer_scorer = answer_scorer
         self._dummy_image: dict[str, Tensor] | None = None
         # Taken before weights are sharded: no rank alone can read them later.
@@ -105,7 +108,7 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
             return in_order
         return self._loader(self.eval_dataset, self.eval_sampler)
 
-    def _loader(self, rows: Any, sampler: ImageGroupSampler) -> DataLoader[Any]:
+    def _loader(self, rows: Any, sampler: ImageGroupSampler | StreamSampler) -> DataLoader[Any]:
         return batch_loader(rows, sampler, self.data_collator, self.args, self.accelerator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

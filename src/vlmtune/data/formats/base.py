@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Format:
         metrics: metrics that answers in this format are scored with by default; none where it can hold anything.
         asks: which of ``FIELDS`` a prompt of one's own may hold, empty for none of them; nothing where the rows are of
             several kinds, and a prompt is for those that it fits.
+        shards: split name -> files, each of which ``load`` reads by itself; only for formats that lie in many files.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Format:
     load: Callable[[Source, Quarantine], Iterator[Sample]]
     metrics: tuple[str, ...] = ()
     asks: tuple[str, ...] = ("",)
+    shards: Callable[[Path], Mapping[str, Sequence[Path]]] | None = None
 
     def prompt_problem(self, prompt: str | None) -> str | None:
         """Return why a person's prompt does not fit the format, in words, or ``None``."""

@@ -170,4 +170,5 @@ FORMAT = Format(
     splits=splits,
     load=load,
     asks=(),
+    shards=_shards,
 )

@@ -1,0 +1,30 @@
+"""Whether reading and checking data shows how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+
+_hidden = False
+
+
+def shows_progress() -> bool:
+    """Whether progress bars are shown."""
+    return not _hidden
+
+
+@contextmanager
+def hidden_progress() -> Iterator[None]:
+    """Show no bars, nor those of ``datasets``: beside a training that shows its own."""
+    global _hidden
+    before, others = _hidden, datasets.is_progress_bar_enabled()
+    _hidden = True
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        _hidden = before
+        if others:
+            datasets.enable_progress_bars()
