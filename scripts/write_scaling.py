@@ -15,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
-SAMPLER = ROOT / "benchmarks" / "results" / "sampler.json"
+RESULTS = ROOT / "benchmarks" / "results"
+SAMPLER, STREAMING = RESULTS / "sampler.json", RESULTS / "streaming.json"
 
 # The configurations of google/gemma-3-4b-pt, -12b-pt and -27b-pt: hidden, MLP, layers, heads, key-value heads, head.
 SIZES = {
@@ -162,6 +163,10 @@ def tables() -> dict[str, str]:
         + [spoken(one[name] * 2**20) for name in ("held_mib", "start_peak_mib")]
         for one in json.loads(SAMPLER.read_text())["points"]
     ]
+    streamed = []
+    for one in json.loads(STREAMING.read_text())["points"]:
+        counts = f"{one['texts']:,}", "yes" if one["streaming"] else "no", f"{one['steps']:,}"
+        streamed.append([*counts, f"{one['cpu_s']:.1f}", f"{one['peak_mib']:,}"])
     of_devices = [f"{strategy}, {devices}" for strategy in ("ddp", "fsdp") for devices in DEVICES]
     return {
         "communication": table(["Gemma-3", "trained", *of_devices], communication),
@@ -173,6 +178,7 @@ def tables() -> dict[str, str]:
         "measured": table(
             ["images", "texts", "first lines, s", "start, s", "epoch, s", "step, ms", "held", "at start"], measured
         ),
+        "streaming": table(["texts", "streaming", "steps", "CPU seconds", "peak memory, MiB"], streamed),
     }
 
 

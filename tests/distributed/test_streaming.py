@@ -35,16 +35,17 @@ def losses(folder: Path) -> list[float]:
 def test_two_ranks_are_one_process(tiny_gemma3_dir: Path, image_folder: Path, tmp_path: Path) -> None:
     # One of the shards holds texts alone: a rank has a step without an image then.
     data = write_shards(tmp_path / "shards", image_folder, [2, 2, 2, 2], bad=(2,), text_only=(1,))
-    same = {"max_bad_fraction": 0.5, "lora_scopes": "vision", "lora_r": 4}
+    # Adam's first steps hardly look at a gradient's size, and would blow up what is summed in another order.
+    optimizer = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    same = {"max_bad_fraction": 0.5, "lora_scopes": "vision", "lora_r": 4} | optimizer
     one = train(tiny_gemma3_dir, data, tmp_path / "one", **same, streaming_shards=2, per_device_train_batch_size=8)
     two = train(tiny_gemma3_dir, data, tmp_path / "two", **same, devices=2, per_device_train_batch_size=4)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr[-3000:] + two.stderr[-3000:]
     assert len(losses(tmp_path / "one")) == 6
-    # Sums in another order, and Adam's first steps hardly look at a gradient's size.
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
     expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
     for name, tensor in load_file(tmp_path / "two" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=5e-4, msg=name)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
     left_out = (tmp_path / "two" / "left_out.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["id"] for line in left_out) == ["bad4", "bad5"]
 

@@ -15,8 +15,10 @@ from training.run_files import log, record
 from vlmtune.batching.collator import SharedImageCollator
 from vlmtune.batching.sampler import FILLER
 from vlmtune.config import TrainingArguments, VLMDataArguments
-from vlmtune.data.shards import find_shards
+from vlmtune.data.shards import find_shards, first_shard
 from vlmtune.errors import ConfigError, DataError, QuarantineError, ResumeError
+from vlmtune.evaluation.command import training_images
+from vlmtune.training.image_reuse import cache_ahead
 from vlmtune.training.run import run_training
 from vlmtune.training.streaming import Stream, StreamRows, StreamSampler, check_streaming
 
@@ -239,3 +241,13 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(four_shards, run_arguments
     (again / "run.json").write_text(json.dumps(changed))
     run_training(*run_arguments(again, **same, save_steps=7))
     assert losses(again)[-5:] == losses(tmp_path / "whole")[-5:]
+
+
+def test_other_commands_look_at_the_first_shard_or_say_why_not(four_shards, run_arguments, tmp_path: Path) -> None:
+    model, data, _ = run_arguments(tmp_path / "out", dataset_path=str(four_shards), streaming=True, eval_split="train")
+    looked_at = first_shard(data)
+    assert looked_at.dataset_path == str(four_shards / "train-0000.tar") and not looked_at.streaming
+    assert looked_at.eval_dataset_path == str(four_shards)
+    assert "streamed" in str(training_images(data))
+    with pytest.raises(ConfigError, match="streaming does not keep image features"):
+        cache_ahead(model, data)

@@ -5,9 +5,12 @@ Shape legend: S shards.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +18,11 @@ from vlmtune.data.formats import FORMATS
 from vlmtune.data.loading import DataOptions
 from vlmtune.data.recognition import choose_format, resolve
 from vlmtune.errors import DataError
+
+logger = logging.getLogger("vlmtune.data")
+
+# Of the type of ``vlmtune.config.VLMDataArguments``.
+Options = TypeVar("Options", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -65,3 +73,19 @@ def find_shards(options: DataOptions) -> Shards:
         raise DataError(f"{options.dataset_path} has no split {split!r}; splits of its shards: {has}.")
     files = [file for name, parts in splits.items() if split in (None, name) for file in parts]
     return Shards(tuple(files), tuple(file.stat().st_size for file in files), chosen.name, options.dataset_path)
+
+
+def first_shard(options: Options) -> Options:
+    """Return options that read one shard as a whole, for what looks at data before training; others as they are.
+
+    Raises:
+        DataError: as :func:`find_shards`.
+    """
+    if not options.streaming:
+        return options
+    file = find_shards(options).files[0]
+    logger.info("streaming: of the training data its first shard alone is looked at, %s", file)
+    apart = options.eval_dataset_path or (options.dataset_path if options.eval_split else None)
+    return dataclasses.replace(
+        options, dataset_path=str(file), train_split=None, eval_dataset_path=apart, streaming=False
+    )

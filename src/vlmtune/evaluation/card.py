@@ -127,8 +127,8 @@ def _data(run: Mapping[str, Any]) -> list[str]:
     for part in ("train", "evaluation"):
         found = data.get(part)
         if found:
-            counts = ", ".join(f"{int(found[key]):,} {key.replace('_', ' ')}" for key in
-                               ("samples", "left_out", "tokens", "supervised_tokens") if key in found)  # fmt: skip
+            named = ("samples", "shards", "left_out", "tokens", "supervised_tokens")
+            counts = ", ".join(f"{int(found[key]):,} {key.replace('_', ' ')}" for key in named if key in found)
             lines.append(f"- {part.capitalize()}: {counts}; fingerprint {_code(found.get('fingerprint'))}")
     return lines
 

@@ -104,6 +104,8 @@ def run_evaluation(
 
 def training_images(data_args: VLMDataArguments) -> list[ImageRef] | str | None:
     """Return the images that this data trains on, why they cannot be read, or ``None`` where nothing tells them."""
+    if data_args.streaming:
+        return "they are streamed, and reading all of them again would take as long as an epoch"
     try:
         place = resolve(data_args.dataset_path)
         splits = choose_format(place, data_args.dataset_format).splits(place)

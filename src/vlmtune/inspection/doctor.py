@@ -14,6 +14,7 @@ import numpy as np
 from vlmtune.config import BaseModelArguments, VLMDataArguments
 from vlmtune.data.loading import LoadedData, drawn, load_train_and_eval
 from vlmtune.data.sample import UNNAMED, ImageRef, Sample
+from vlmtune.data.shards import first_shard
 from vlmtune.errors import VlmtuneError
 from vlmtune.inspection.duplicates import look_alikes
 from vlmtune.inspection.findings import EXAMPLES, Report, histogram, many
@@ -69,7 +70,7 @@ def check_data(
         VlmtuneError: the data cannot be read at all, or the model has no processor.
     """
     everything = replace(
-        data_args, max_bad_fraction=1.0, verify_images="off", max_train_samples=None, max_eval_samples=None
+        first_shard(data_args), max_bad_fraction=1.0, verify_images="off", max_train_samples=None, max_eval_samples=None
     )
     train, evaluation = load_train_and_eval(everything)
     report = Report(train.source, train.format)

@@ -22,6 +22,7 @@ from vlmtune.config import BaseModelArguments, VLMDataArguments
 from vlmtune.data.images import decode
 from vlmtune.data.loading import load_train_and_eval
 from vlmtune.data.sample import Sample
+from vlmtune.data.shards import first_shard
 from vlmtune.errors import DataError, VlmtuneError, nearest
 from vlmtune.inspection.html import data_address, page
 from vlmtune.inspection.tower import pictures_of
@@ -109,7 +110,7 @@ def preview(
         DataError: a row named is not in the training data.
         VlmtuneError: the data or the model's processor cannot be read.
     """
-    train, _ = load_train_and_eval(data_args)
+    train, _ = load_train_and_eval(first_shard(data_args))
     known = {str(name): index for index, name in enumerate(train.dataset["id"])} if ids else {}
     for name in ids:
         if name not in known:

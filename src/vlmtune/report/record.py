@@ -71,6 +71,7 @@ def facts(run: RunRecord) -> dict[str, Any]:
         "Trainable parameters": _trainable((model.get("parameters") or {}).get("all") or {}),
         "Data": options.get("dataset_path"),
         "Training samples": _thousands(train.get("samples")),
+        "Training shards": _thousands(train.get("shards")),
         "Left out": _thousands(train.get("left_out")),
         "Supervised tokens": _thousands(train.get("supervised_tokens")),
         "Epochs": options.get("num_train_epochs"),

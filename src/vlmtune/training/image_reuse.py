@@ -246,6 +246,8 @@ def cache_ahead(
     """
     if data_args.cache_image_features == "off":
         raise ConfigError("cache_image_features is off in this recipe; set it to auto or on to compute features ahead.")
+    if data_args.streaming:
+        raise ConfigError("The recipe streams its data, and streaming does not keep image features. Turn it off first.")
     trained = model_args.trained_parts & {"vision", "projector"}
     if trained:
         raise ConfigError(
