@@ -20,7 +20,8 @@ from vlmtune.errors import ConfigError, DataError, QuarantineError, ResumeError
 from vlmtune.evaluation.command import training_images
 from vlmtune.training.image_reuse import cache_ahead
 from vlmtune.training.run import run_training
-from vlmtune.training.streaming import Stream, StreamRows, StreamSampler, check_streaming
+from vlmtune.training.stream_sampler import StreamRows, StreamSampler
+from vlmtune.training.streaming import Stream, check_streaming
 
 
 @pytest.fixture(scope="module")

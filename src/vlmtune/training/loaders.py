@@ -20,7 +20,7 @@ from transformers.trainer_utils import seed_worker
 
 from vlmtune.batching.sampler import ImageGroupSampler, WithFillers
 from vlmtune.errors import TrainingError
-from vlmtune.training.streaming import StreamSampler
+from vlmtune.training.stream_sampler import StreamSampler
 
 logger = logging.getLogger("vlmtune.training")
 

@@ -17,7 +17,8 @@ from vlmtune.data.shards import find_shards
 from vlmtune.models.family import Family
 from vlmtune.training.data_record import describe_evaluation, describe_train, quarantined
 from vlmtune.training.image_reuse import check_row_limits, shares_images, with_image_keys
-from vlmtune.training.streaming import Stream, StreamRows, StreamSampler, Window, check_streaming
+from vlmtune.training.stream_sampler import StreamRows, StreamSampler
+from vlmtune.training.streaming import Stream, Window, check_streaming
 
 logger = logging.getLogger("vlmtune.training")
 

@@ -39,7 +39,7 @@ from vlmtune.training.loaders import (
 from vlmtune.training.run_state import RunState
 from vlmtune.training.sharding import require_as_many_ranks
 from vlmtune.training.signals import StopNow, StopSignals
-from vlmtune.training.streaming import StreamSampler, go_on, positions
+from vlmtune.training.stream_sampler import StreamSampler, go_on, positions
 
 logger = logging.getLogger("vlmtune.training")
 

@@ -33,7 +33,7 @@ from vlmtune.training.refused_options import refuse_options
 from vlmtune.training.sharding import ShardingTrainer
 from vlmtune.training.shared_rows import dummy_image, shared_row_inputs
 from vlmtune.training.steady import SteadyTrainer
-from vlmtune.training.streaming import StreamSampler
+from vlmtune.training.stream_sampler import StreamSampler
 from vlmtune.training.throughput import Work
 from vlmtune.training.trackers import let_trackers_fail
 from vlmtune.training.watchdog import Watchdog
