@@ -27,8 +27,8 @@ def write_shards(
         with tarfile.open(folder / f"train-{shard:04}.tar", "w") as tar:
             for _ in range(size):
                 if shard in text_only:
-                    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"so {number}"}]
-                    add(tar, f"{number:04}", {"json": json.dumps([{"messages": turns}] * texts).encode()})
+                    rows = [{"prompt": f"What {text}?", "completion": f"so {number}"} for text in range(texts)]
+                    add(tar, f"{number:04}", {"json": json.dumps(rows).encode()})
                     number += 1
                     continue
                 rows = [{"caption": f"picture {number} as {'so ' * text}told"} for text in range(texts)]

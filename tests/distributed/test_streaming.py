@@ -37,7 +37,7 @@ def test_two_ranks_are_one_process(tiny_gemma3_dir: Path, image_folder: Path, tm
     data = write_shards(tmp_path / "shards", image_folder, [2, 2, 2, 2], bad=(2,), text_only=(1,))
     # Adam's first steps hardly look at a gradient's size, and would blow up what is summed in another order.
     optimizer = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    same = {"max_bad_fraction": 0.5, "lora_scopes": "vision", "lora_r": 4} | optimizer
+    same = {"max_bad_fraction": 0.5, "lora_scopes": "vision", "lora_r": 4, "lora_dropout": 0.0} | optimizer
     one = train(tiny_gemma3_dir, data, tmp_path / "one", **same, streaming_shards=2, per_device_train_batch_size=8)
     two = train(tiny_gemma3_dir, data, tmp_path / "two", **same, devices=2, per_device_train_batch_size=4)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr[-3000:] + two.stderr[-3000:]
@@ -47,7 +47,7 @@ def test_two_ranks_are_one_process(tiny_gemma3_dir: Path, image_folder: Path, tm
     for name, tensor in load_file(tmp_path / "two" / "adapter_model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
     left_out = (tmp_path / "two" / "left_out.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["id"] for line in left_out) == ["bad4", "bad5"]
+    assert sorted(json.loads(line)["id"] for line in left_out) == ["bad4", "bad5"], left_out
 
     # From the checkpoint on two processes the same steps follow; on one it is refused.
     before = losses(tmp_path / "two")
@@ -55,7 +55,8 @@ def test_two_ranks_are_one_process(tiny_gemma3_dir: Path, image_folder: Path, tm
     record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "training"}))
     for finished in ("checkpoint-6", "adapter_model.safetensors"):
         (tmp_path / "two" / finished).rename(tmp_path / finished.replace("-", "_"))
-    alone = train(tiny_gemma3_dir, data, tmp_path / "two", **same, per_device_train_batch_size=8)
+    forced = {"force_resume": "true", "per_device_train_batch_size": 8}
+    alone = train(tiny_gemma3_dir, data, tmp_path / "two", **same, **forced)
     assert alone.returncode != 0 and "written by 2 processes, and this run has 1" in " ".join(alone.stderr.split())
     again = train(tiny_gemma3_dir, data, tmp_path / "two", **same, devices=2, per_device_train_batch_size=4)
     assert again.returncode == 0, again.stderr[-3000:]

@@ -43,7 +43,9 @@ from vlmtune.training.refused_options import refuse_options
 from vlmtune.training.resume import data_differences, interruptions, note_versions, recipe_differences, require_same
 from vlmtune.training.run_data import Load, RunData, load_run_data
 from vlmtune.training.run_info import plain, save_training_info
+from vlmtune.training.run_state import RunState
 from vlmtune.training.sharding import check_strategy
+from vlmtune.training.stream_sampler import StreamSampler
 from vlmtune.training.trainer import MemoryEfficientTrainer, create_trainer
 
 logger = logging.getLogger("vlmtune.training")
@@ -143,6 +145,9 @@ def _run(
     if training_args.device_batch_size == "auto":
         assert data.train_scan is not None, "check_streaming refuses it"
         DeviceBatch(trainer, lambda: data.group_sampler(training_args), data.train_scan, model_args).choose()
+
+    if start.checkpoint is not None and isinstance(trainer.train_sampler, StreamSampler):
+        trainer.train_sampler.require_as_many(RunState.load(start.checkpoint).streamed)
 
     left_out = data.left_out()
     # Written last, so that a run that cannot begin leaves an empty directory and can be started again.

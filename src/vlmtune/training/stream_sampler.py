@@ -121,15 +121,19 @@ class StreamSampler:
         Raises:
             ResumeError: they are those of another number of processes.
         """
+        self.require_as_many(positions)
+        step, number = positions[self.stream.rank]
+        self._begun, self._counted = [(step, number)], number - 1
+        if self.stream.rank == 0:
+            _keep_lines(self._record, [position[1] for position in positions])
+
+    def require_as_many(self, positions: Sequence[Sequence[int]]) -> None:
+        """Refuse the positions of another number of processes; as :meth:`go_on`."""
         if len(positions) != self.stream.world_size:
             raise ResumeError(
                 f"The checkpoint was written by {len(positions)} processes, and this run has {self.stream.world_size}. "
                 "With streaming each process has read shards of its own, so go on with as many as before."
             )
-        step, number = positions[self.stream.rank]
-        self._begun, self._counted = [(step, number)], number - 1
-        if self.stream.rank == 0:
-            _keep_lines(self._record, [position[1] for position in positions])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield this rank's batches; those of windows before the one in progress are empty, and to be skipped."""
