@@ -71,9 +71,8 @@ class Ahead:
 def worthwhile(options: DataOptions) -> bool:
     """Whether there is something to gain, and nothing is fetched from elsewhere before the run itself asks for it."""
     can = sys.platform == "linux" and threading.active_count() == 1 and len(os.sched_getaffinity(0)) > 1
-    return (
-        can and "torch" not in sys.modules and Path(options.dataset_path).exists() and not options.allow_remote_images
-    )
+    whole = not (options.streaming or options.allow_remote_images)
+    return can and whole and "torch" not in sys.modules and Path(options.dataset_path).exists()
 
 
 class _Kept(logging.Handler):

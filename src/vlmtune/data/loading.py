@@ -76,6 +76,7 @@ class DataOptions(Protocol):
     max_eval_samples: int | None
     validation_fraction: float
     split_seed: int
+    streaming: bool
     max_bad_fraction: float
     verify_images: images.Check
     max_pixels: int | None

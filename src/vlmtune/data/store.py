@@ -128,7 +128,7 @@ class Store:
 def discard(dataset: datasets.Dataset) -> None:
     """Delete the temporary file that holds the rows of a store's data set, where there is one."""
     for file in dataset.cache_files:
-        if Path(file["filename"]).parent == Path(_folder()):
+        if Path(file["filename"]).parent == Path(folder()):
             Path(file["filename"]).unlink(missing_ok=True)
 
 

@@ -125,9 +125,7 @@ def _run(
     setup_training_environment(training_args.seed)
 
     family, processor = _family_and_processor(model_args, training_args)
-    data = load_run_data(
-        data_args, training_args, family, processor, model_args.attn_implementation, load
-    )
+    data = load_run_data(data_args, training_args, family, processor, model_args.attn_implementation, load)
     scorer = _answer_scorer(data, processor, training_args, evaluation_args)
     choose_best_by(training_args, list(scorer.metrics) if scorer else [])
 

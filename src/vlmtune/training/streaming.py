@@ -13,9 +13,7 @@ Shape legend: N rows of a window.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ from vlmtune.batching.groups import Keys
 from vlmtune.batching.scan import scan
 from vlmtune.batching.sharing import describe_saving
 from vlmtune.config import TrainingArguments, VLMDataArguments
+from vlmtune.data import scratch
 from vlmtune.data.loading import load_samples
 from vlmtune.data.quarantine import Quarantine
 from vlmtune.data.shards import Shards
@@ -120,7 +119,7 @@ class Stream:
     seed: int
     rank: int = 0
     world_size: int = 1
-    folder: Path = field(default_factory=lambda: _temporary_folder())
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="windows-", dir=scratch.folder())))
 
     def __post_init__(self) -> None:
         if len(self.shards.files) < self.world_size:
@@ -216,9 +215,3 @@ def _write(rows: datasets.Dataset, place: Path) -> None:
     with pa.OSFile(str(place), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in table.iter(ROWS_AT_ONCE):
             writer.write_table(batch.cast(schema))
-
-
-def _temporary_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="vlmtune-windows-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
