@@ -36,7 +36,8 @@ def annotation_file(place: Path, rng: random.Random) -> Path:
     if place.is_file():
         return place
     known = {".json", ".jsonl", ".csv", ".txt", ".parquet", ".tar"}
-    return rng.choice(sorted(file for file in place.rglob("*") if file.suffix in known))
+    # Where the folders' names are the annotations, an image.
+    return rng.choice(sorted(file for file in place.rglob("*") if file.suffix in known) or sorted(place.rglob("*.jpg")))
 
 
 def altered(value: Any, rng: random.Random) -> Any:

@@ -82,7 +82,8 @@ def test_the_whole_download_holds_two_formats_and_asks_which(layouts: Any) -> No
     instances = json.loads((place / "annotations" / "instances_val2017.json").read_text())
     for row in instances["annotations"]:
         row["keypoints"] = [0] * 51
-    (place / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(instances))
+    for other in ("person_keypoints", "stuff", "panoptic"):
+        (place / "annotations" / f"{other}_val2017.json").write_text(json.dumps(instances))
     with pytest.raises(FormatError, match=r"like coco_captions and coco_instances\. Choose one by dataset_format"):
         choose_format(place)
     assert coco_instances.splits(place) == ("train", "val")

@@ -15,6 +15,8 @@ from vlmtune.errors import DataError, FormatError, nearest
 
 # Names listed in a message.
 SHOWN = 12
+# Folders that are tried, in one of no format.
+LOOKED_INTO = 100
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
@@ -66,7 +68,8 @@ def _hints(place: Path) -> list[str]:
     if place.is_file():
         return _columns_hint([place])
     entries = visible(place)
-    folders = {folder: format for folder in entries if folder.is_dir() and (format := _only_format(folder))}
+    inside = [entry for entry in entries if entry.is_dir()][:LOOKED_INTO]
+    folders = {folder: format for folder in inside if (format := _only_format(folder))}
     if folders:
         listed = ", ".join(f"{folder.name} ({format})" for folder, format in list(folders.items())[:SHOWN])
         more = f" and {len(folders) - SHOWN:,} more" if len(folders) > SHOWN else ""
@@ -84,7 +87,10 @@ def _hints(place: Path) -> list[str]:
 
 
 def _only_format(folder: Path) -> str | None:
-    found = [format.name for format in FORMATS.values() if format.detect(folder)]
+    try:
+        found = [format.name for format in FORMATS.values() if format.detect(folder)]
+    except DataError:  # it is of a format, but holds too much of it
+        return None
     return found[0] if len(found) == 1 else None
 
 

@@ -95,7 +95,8 @@ def _files(path: Path) -> dict[str, Path]:
 
 def _is_instances(file: Path) -> bool:
     name = plain_name(file).lower()
-    if not name.endswith(".json") or name.startswith(("person_keypoints", "captions")):
+    # COCO's other annotations of the same images.
+    if not name.endswith(".json") or name.startswith(("person_keypoints", "captions", "stuff", "panoptic")):
         return False
     # RefCOCO's boxes lie in the same form, and its phrases beside it, or in its captions.
     if any(file.parent.glob("refs(*).p")) or has_keys(file, "tokens_positive"):

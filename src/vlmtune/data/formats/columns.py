@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from vlmtune.data.formats.files import RowError
@@ -42,7 +43,13 @@ _NUMBERED = re.compile(r"(?P<name>image|caption)_?(?P<number>\d{1,2})")
 
 def shape_of(columns: Collection[str]) -> str | None:
     """Return which kind of row has these columns: the column that says so, or ``None``."""
-    columns = {f"{match['name']}s" if (match := _NUMBERED.fullmatch(name)) else name for name in columns}
+    return _shape_of(tuple(columns))
+
+
+# Rows of one file mostly have the same columns.
+@lru_cache(maxsize=1024)
+def _shape_of(names: tuple[str, ...]) -> str | None:
+    columns = {f"{match['name']}s" if (match := _NUMBERED.fullmatch(name)) else name for name in names}
     has_image = any(name in columns for name in IMAGE_COLUMNS)
     if (turns := next((name for name in TURN_COLUMNS if name in columns), None)) is not None:
         return turns
@@ -71,16 +78,22 @@ def pair_of(columns: Collection[str]) -> tuple[str, str] | None:
 
 def gathered(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a row with its numbered columns as one: ``images`` of ``image_1``, ``image_2``, and so for captions."""
-    found: dict[str, list[tuple[int, Any]]] = {}
-    for name, value in row.items():
-        if value not in (None, "") and (match := _NUMBERED.fullmatch(name)):
-            found.setdefault(f"{match['name']}s", []).append((int(match["number"]), value))
-    if not found:
+    numbered = _numbered(tuple(row))
+    if not numbered:
         return row
-    lists = {name: [value for _, value in sorted(values, key=lambda one: one[0])] for name, values in found.items()}
     known = {"images": IMAGE_COLUMNS, "captions": CAPTION_COLUMNS}
-    lacking = {name for name in lists if all(row.get(column) is None for column in known[name])}
-    return {**row, **{name: lists[name] for name in lacking}}
+    found: dict[str, list[Any]] = {}
+    for name, column in numbered:
+        if row[column] not in (None, "") and all(row.get(one) is None for one in known[name]):
+            found.setdefault(name, []).append(row[column])
+    return {**row, **found}
+
+
+@lru_cache(maxsize=1024)
+def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The list that each numbered column belongs to, and its name, in the order of their numbers."""
+    matches = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    return tuple((f"{match['name']}s", match[0]) for match in sorted(matches, key=lambda match: int(match["number"])))
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

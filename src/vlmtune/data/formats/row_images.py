@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from urllib.parse import unquote, urlsplit
 from vlmtune.data.formats.columns import IMAGE_COLUMNS
 from vlmtune.data.formats.files import RowError
 from vlmtune.data.sample import ImageRef
+
+# A path from a folder on, with nothing in it that Path would change.
+_PLAIN = re.compile(r"[^/.~][^/]*(/[^/.][^/]*)*")
 
 
 def listed_images(row: Mapping[str, Any], images: Path) -> list[ImageRef]:
@@ -51,6 +55,9 @@ def image_of(item: Any, images: Path) -> ImageRef:
         return ImageRef(path=unquote(urlsplit(item).path))
     if scheme == "data":
         return ImageRef(bytes=_base64(item.partition(",")[2]))
+    if _PLAIN.fullmatch(item) and images.name:
+        # As below, in a fraction of the time.
+        return ImageRef(path=f"{images}/{item}")
     path = Path(item).expanduser()
     return ImageRef(path=str(path if path.is_absolute() else images / path))
 

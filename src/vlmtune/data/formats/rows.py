@@ -27,6 +27,7 @@ from vlmtune.data.formats.base import DEFAULT_CAPTION_PROMPT, LABELS, PHRASE, So
 from vlmtune.data.formats.columns import (
     CAPTION_COLUMNS,
     CHOICE_COLUMNS,
+    IMAGE_COLUMNS,
     PHRASE_COLUMNS,
     QUESTION_COLUMNS,
     TURN_COLUMNS,
@@ -114,10 +115,11 @@ def make_sample(
         turns = turns_of(row[shape], row.get("system"))
     if turns is None or (shape == "texts" and not all(isinstance(turn, Mapping) for turn in turns)):
         raise RowError(f"its {shape} are {str(row[shape])[:80]!r}: it has no {shape!r} list")
-    if (shape in CAPTION_COLUMNS or shape == "ground_truth") and not listed_images(row, images):
+    about_image = shape in CAPTION_COLUMNS or shape == "ground_truth"
+    if about_image and not any(row.get(name) for name in IMAGE_COLUMNS):
         raise RowError("it names no image", "missing image")
     meta = _meta(row)
-    if shape in TURN_COLUMNS and any(place in str(turns) for place in BOX_PLACES) and row.get("objects"):
+    if shape in TURN_COLUMNS and row.get("objects") and any(place in str(turns) for place in BOX_PLACES):
         return placed_boxes_sample(row["objects"], turns, name, listed_images(row, images), _size(row), meta)
     return conversation_sample(row, turns, name, images, meta)
 

@@ -40,7 +40,8 @@ def turns_of(found: Any, system: Any = None) -> list[Any] | None:
             return None
     if not isinstance(found, list):
         return None
-    turns = [turn for item in found for turn in _turns(item)]
+    usual = all(isinstance(item, dict) and "role" in item for item in found)
+    turns = found if usual else [turn for item in found for turn in _turns(item)]
     return [{"role": "system", "content": system}, *turns] if isinstance(system, str) and system.strip() else turns
 
 
@@ -121,8 +122,8 @@ def _require_usual(row: Mapping[str, Any], turns: list[Any], *, has_images: bool
     if row.get("tools"):
         raise RowError("it has 'tools', which vlmtune does not show to the model. Write them into the system's text")
     for number, turn in enumerate(turns, 1):
-        if isinstance(turn, Mapping) and _role(turn.get("role")) == "assistant":
-            flag = next((name for name in LEARNED if turn.get(name) in (0, False)), None)
+        if isinstance(turn, Mapping) and len(turn) > 2 and _role(turn.get("role")) == "assistant":
+            flag = next((name for name in LEARNED if name in turn and turn[name] in (0, False)), None)
             if flag is not None:
                 raise RowError(
                     f"its message {number} has {flag} {turn[flag]!r}: it is not to be learned, but every assistant's "
