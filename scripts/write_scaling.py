@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ KEY_BYTES = 64 + 4
 
 @dataclass(frozen=True)
 class Counted:
-    """Parameters of a model, of the layers that `fsdp` shares out each by itself, and of LoRA on its language model."""
+    """Parameters of a model, of its layers, of those of its language model, and of LoRA on that."""
 
     all: int
     layers: int
+    language_layers: int
     lora: int
     hidden: int
 
@@ -76,10 +78,11 @@ def count(size: str) -> Counted:
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=SOFT_TOKENS)
     with torch.device("meta"):
         model: Any = Gemma3ForConditionalGeneration(config)
-    everything, layers = numel(model), sum(map(numel, units(model)))
+    everything = numel(model)
+    all_layers, language = (sum(map(numel, units(model, parts))) for parts in (("language", "vision"), ("language",)))
     adapted = setup_lora(model, lora_r=16, lora_init="default")
     lora = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
-    return Counted(everything, layers, lora, hidden)
+    return Counted(everything, all_layers, language, lora, hidden)
 
 
 def numel(module: Any) -> int:
@@ -87,12 +90,14 @@ def numel(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def units(model: Any) -> list[Any]:
-    """The layers that `fsdp` shares out each by itself."""
-    from vlmtune.training.sharding import layer_classes
+def units(model: Any, parts: Iterable[str]) -> list[Any]:
+    """The layers of some parts of a model, which `fsdp` shares out each by itself."""
+    from vlmtune.models.families import get_family
+    from vlmtune.models.provenance import base_model
 
-    names = set(layer_classes(model))
-    return [module for module in model.modules() if type(module).__name__ in names]
+    base, family = base_model(model), get_family(model)
+    places = (f"{family.parts[part]}.{place}" for part, place in family.layers.items() if part in parts)
+    return [layer for place in places for layer in base.get_submodule(place)]
 
 
 def exchanged(
@@ -102,13 +107,13 @@ def exchanged(
 
     An all-gather or a reduce-scatter of M bytes sends M (N - 1) / N from each of N devices, an all-reduce twice that
     (Thakur et al. 2005, doi:10.1177/1094342005051521). ``ddp`` all-reduces the gradients once a step, in float32;
-    ``fsdp`` gathers the layers twice (forward, backward) and the other weights once for each of ``batches``, and
-    reduce-scatters the gradients once, all in the number format that is computed in.
+    ``fsdp`` gathers the layers that gradients flow through twice (forward, backward) and the other weights once for
+    each of ``batches``, and reduce-scatters the gradients once, all in the number format that is computed in.
 
     Args:
         trained: parameters that are trained.
         everything: all parameters.
-        layers: those of :func:`units`.
+        layers: parameters of the layers that gradients flow through: not those of a frozen tower.
         devices: N.
         batches: of a device in one step.
         computed: bytes of a number in the format that is computed in.
@@ -139,8 +144,11 @@ def tables() -> dict[str, str]:
     counted = {size: count(size) for size in SIZES}
     communication, checkpoints, caches = [], [], []
     for size, found in counted.items():
-        for what, trained in (("LoRA", found.lora), ("in full", found.all)):
-            sent = [exchanged(trained, found.all, found.layers, devices) for devices in DEVICES]
+        for what, trained, layers in (
+            ("LoRA", found.lora, found.language_layers),
+            ("in full", found.all, found.layers),
+        ):
+            sent = [exchanged(trained, found.all, layers, devices) for devices in DEVICES]
             communication.append(
                 [f"{size}, {what}", f"{trained / 1e6:,.1f} M"]
                 + [spoken(one["ddp"]) for one in sent]

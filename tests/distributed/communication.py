@@ -60,11 +60,10 @@ def main() -> None:
         trainers.append(create_trainer(**options))
         trainers[-1].__class__ = Watched
         script = runpy.run_path(str(SCALING))
-        sizes["all"], sizes["layers"] = script["numel"](options["model"]), sum(map(script["numel"], units(script)))
+        # The tower is frozen: no gradient flows through its layers.
+        layers = script["units"](options["model"], ["language"])
+        sizes["all"], sizes["layers"] = script["numel"](options["model"]), sum(map(script["numel"], layers))
         return trainers[-1]
-
-    def units(script: dict[str, Any]) -> Any:
-        return script["units"](trainers[-1].model)
 
     sizes: dict[str, int] = {}
     run_module.create_trainer = make

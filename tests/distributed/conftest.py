@@ -121,13 +121,26 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
     return listed
 
 
-# With DeepSpeed, 4-bit weights and full fine-tuning are refused.
+# With DeepSpeed, 4-bit weights are refused.
 JOBS = {
     "ddp": ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "auto", "few", "full", "quantised"),
     "fsdp": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best", "quantised"),
-    "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank"),
-    "zero3": ("gemma3", "text_only_rank"),
+    "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best"),
+    "zero3": ("gemma3", "text_only_rank", "full", "best"),
 }
+ZERO_GOES_ON = (
+    *("zero2<zero2/gemma3", "zero3<zero3/gemma3", "zero2<zero2/full", "zero3<zero3/full"),
+    *("zero2<zero3/full", "zero3<ddp/full", "zero2<fsdp/full"),
+    *("one<zero2/gemma3", "one<zero3/full", "three<zero2/full"),
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test the runs that go on with another strategy in turn."""
+    if "goes_on" in metafunc.fixturenames:
+        metafunc.parametrize("goes_on", ZERO_GOES_ON)
+
+
 Outcomes = Callable[[str], SimpleNamespace]
 
 
@@ -169,10 +182,27 @@ def three(jobs, two, tmp_path_factory) -> Outcomes:
 
 
 @pytest.fixture(scope="session")
-def zero(jobs, tmp_path_factory) -> Outcomes:
-    """The outcome of a job on two ranks with ZeRO, and ``resumed/zero2`` gone on from its checkpoint."""
+def zero(jobs, two, tmp_path_factory) -> Outcomes:
+    """The outcome of a job on two ranks with ZeRO, and of those gone on with from a checkpoint of another strategy.
+
+    ``zero2<zero3/full`` is ZeRO-2 from what ZeRO-3 left; ``one<`` and ``three<`` are without it on as many ranks.
+    """
     made = {f"{s}/{name}": job for s in ("zero2", "zero3") for name, job in jobs("two", 2, s).items()}
-    checkpoint = Path(made["zero2/gemma3"]["job"]) / "run" / "checkpoint-3"
-    made["resumed/zero2"] = resumed({"gemma3": made["zero2/gemma3"]}, "gemma3", checkpoint)
-    launch(2, list(made.values()), tmp_path_factory.mktemp("zero_jobs"))
+    folder = tmp_path_factory.mktemp("zero_jobs")
+    launch(2, list(made.values()), folder)
+
+    def left(run: str) -> Path:
+        place = two(run).folder if run in ("ddp/full", "fsdp/full") else Path(made[run]["job"]) / "run"
+        return place / "checkpoint-3"
+
+    rest: dict[int, Jobs] = {1: {}, 2: {}, 3: {}}
+    for name in ZERO_GOES_ON:
+        where, _, source = name.partition("<")
+        ranks = {"one": 1, "three": 3}.get(where, 2)
+        kind = source.rpartition("/")[2]
+        base = jobs("rest", ranks, where if ranks == 2 else "fsdp" if ranks == 3 else "ddp")
+        rest[ranks][name] = resumed(base, kind, left(source))
+    for ranks, more in rest.items():
+        launch(ranks, list(more.values()), folder)
+        made |= more
     return lambda name: outcome(made[name]["job"])

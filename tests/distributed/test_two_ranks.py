@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmtune.training.optimizer_files import read_optimizer
+
 DDP = ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "auto", "few", "full")
 FSDP = ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "quantised")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -103,9 +105,12 @@ def test_the_cache_is_filled_once_between_ranks(job, one, two) -> None:
 def test_a_checkpoint_is_that_of_one_process(job, one, two) -> None:
     alone = one(job.rpartition("/")[2]).folder / "checkpoint-3"
     found = two(job).folder / "checkpoint-3"
-    named = [{file.name for file in folder.iterdir() if "rng_state" not in file.name} for folder in (alone, found)]
+    named = [
+        {file.name for file in folder.iterdir() if not file.name.startswith(("rng_state", "optimizer"))}
+        for folder in (alone, found)
+    ]
     assert named[0] == named[1]
-    expected, state = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (alone, found))
+    expected, state = map(read_optimizer, (alone, found))
     assert [group["params"] for group in state["param_groups"]] == [g["params"] for g in expected["param_groups"]]
     assert state["state"].keys() == expected["state"].keys()
     for key, own in expected["state"].items():
@@ -122,7 +127,10 @@ def test_saved_on_two_ranks_and_gone_on_with_in_one_process(job, one) -> None:
 
 
 def test_the_best_checkpoint_is_loaded_with_fsdp(two) -> None:
-    run = two("fsdp/best")
+    assert_best_is_final(two("fsdp/best"))
+
+
+def assert_best_is_final(run) -> None:
     best = run.ranks[0]["best"]
     assert best == run.ranks[1]["best"] is not None
     last = max(run.folder.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
@@ -153,8 +161,8 @@ def test_saved_on_two_ranks_and_gone_on_with_on_three(strategy, one, three) -> N
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize(
-    "job", [*(f"zero2/{job}" for job in ("gemma3", "llava", "qwen2_vl", "text_only_rank")),
-            "zero3/gemma3", "zero3/text_only_rank"]
+    "job", [*(f"zero2/{job}" for job in ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full")),
+            "zero3/gemma3", "zero3/text_only_rank", "zero3/full"]
 )  # fmt: skip
 def test_zero_is_one_process(job, one, zero) -> None:
     assert_same_run(zero(job), one(job.rpartition("/")[2]))
@@ -162,7 +170,25 @@ def test_zero_is_one_process(job, one, zero) -> None:
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_zero_is_gone_on_with_on_as_many_ranks(one, zero) -> None:
-    rest = zero("resumed/zero2")
-    assert losses(rest) == pytest.approx(losses(one("gemma3")), rel=2e-5)
-    assert_same_weights(rest, one("gemma3"))
+def test_zero_goes_on_from_and_to_any_strategy(goes_on, one, zero) -> None:
+    rest, whole = zero(goes_on), one(goes_on.rpartition("/")[2])
+    assert losses(rest) == pytest.approx(losses(whole), rel=2e-5)
+    assert_same_weights(rest, whole)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_the_best_checkpoint_is_loaded_with_zero(strategy, zero) -> None:
+    assert_best_is_final(zero(f"{strategy}/best"))
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("job", ["zero2/gemma3", "zero3/full"])
+def test_no_file_of_zero_runs_code(job, zero) -> None:
+    """DeepSpeed's own checkpoints do."""
+    checkpoint = zero(job).folder / "checkpoint-3"
+    assert not list(checkpoint.glob("global_step*"))
+    for file in checkpoint.rglob("*.pt*"):
+        torch.load(file, weights_only=True)

@@ -23,8 +23,6 @@ def check(strategy: str, world_size: int = 2, eval_answers: int = 0, **model) ->
         ("fsdp", {"use_8bit": True}, "8-bit"),
         ("zero3", {"use_8bit": True}, "8-bit"),
         ("zero3", {"use_4bit": True}, "4-bit"),
-        ("zero2", {"use_lora": False}, "full weights"),
-        ("zero3", {"use_lora": False}, "full weights"),
     ],
 )
 def test_refused_with_the_reason(strategy, options, reason) -> None:
@@ -42,5 +40,6 @@ def test_adapters_are_trained_by_any(strategy) -> None:
 
 def test_what_fsdp_can_do_besides() -> None:
     check("fsdp", use_4bit=True)
-    check("fsdp", use_lora=False)
+    for strategy in ("fsdp", "zero2", "zero3"):
+        check(strategy, use_lora=False)
     check("zero2", eval_answers=4)

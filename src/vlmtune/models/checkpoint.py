@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,18 @@ def _load(model: nn.Module, folder: str | Path, weights: dict[str, Tensor]) -> N
         raise misfit(folder, model, missing, unexpected)
 
 
-def load_full_weights(model: nn.Module, folder: str | Path) -> None:
+def load_full_weights(
+    model: nn.Module, folder: str | Path, *, into: Callable[[nn.Module, Mapping[str, Tensor]], None] | None = None
+) -> None:
     """Load a full model's weights into ``model``, strictly and with transformers' own key mapping.
 
     A saved model has the layout of the original checkpoint, which differs from the module names in memory; a
     plain ``load_state_dict`` would pass over most tensors.
+
+    Args:
+        model: of the same layout.
+        folder: a saved model's.
+        into: puts whole tensors into a model whose own are shared out; by default they are copied.
 
     Raises:
         ResumeError: a tensor is missing, left over, or of another shape.
@@ -176,7 +183,10 @@ def load_full_weights(model: nn.Module, folder: str | Path) -> None:
             f"{folder} does not hold this model: {len(info['missing_keys'])} tensors are missing and "
             f"{len(info['unexpected_keys'])} are left over, such as {wrong[0]}."
         )
-    model.load_state_dict(loaded.state_dict(), strict=True)
+    if into is not None:
+        into(model, loaded.state_dict())
+    else:
+        model.load_state_dict(loaded.state_dict(), strict=True)
 
 
 def _require_same_base(model: nn.Module, folder: str | Path) -> None:

@@ -11,6 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.core_model_loading import WeightRenaming
 
 from vlmtune.errors import AdapterError, ConfigError, ModelError
 from vlmtune.models.checkpoint import adapter_base, attach_adapter, is_adapter_dir
@@ -212,6 +213,9 @@ def _load(name: str | Path, family: Family, **options: Any) -> nn.Module:
             f"{name} lacks {len(absent)} of the tensors of {family.model_class}, such as {absent[0]}; they would be "
             "random. Download or copy the model again."
         )
+    # With ZeRO-3, transformers notes renamings that the files did not need, and would undo them when saving.
+    if noted := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [one for one in noted if one.was_used() or not isinstance(one, WeightRenaming)]
     loaded: nn.Module = model
     return loaded
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlmtune.errors import OutputError, ResumeError
 from vlmtune.files import UNFINISHED, to_disk
+from vlmtune.training.optimizer_files import OPTIMIZER, SCHEDULER, has_parts
 
 logger = logging.getLogger("vlmtune.training")
 
@@ -166,14 +167,14 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def require_whole(folder: Path, *, sharded: bool = False) -> None:
+def require_whole(folder: Path) -> None:
     """Refuse a checkpoint that is damaged, or that lacks the step, the optimizer or the schedule.
 
     Raises:
         ResumeError: it is, or does.
     """
     reason = damage(folder)
-    needed = ["trainer_state.json"] if sharded else ["trainer_state.json", "optimizer.pt", "scheduler.pt"]
+    needed = ["trainer_state.json", *([] if has_parts(folder) else [OPTIMIZER]), SCHEDULER]
     absent = [name for name in needed if not (folder / name).exists()]
     if reason is None and absent:
         reason = f"it has no {', '.join(absent)}"

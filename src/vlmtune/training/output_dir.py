@@ -67,7 +67,7 @@ def find_start(output_dir: Path, *, resume: str | bool | None = "auto") -> Start
         delete_unfinished(output_dir)
         return Start(found, read_record(output_dir))
     folder = Path(str(resume))
-    require_whole(folder, sharded=True)
+    require_whole(folder)
     if folder.resolve().parent != output_dir.resolve():
         _make_empty(output_dir)
     return Start(folder, read_record(folder.parent))

@@ -1,14 +1,14 @@
-"""Training with the model shared out over the ranks (FSDP2), and checkpoints that do not show it.
+"""Training with the model shared out over the ranks (FSDP2, ZeRO), and checkpoints that go on under any strategy.
 
-A checkpoint is the same files under every strategy and on any number of devices: the adapter or model whole, and the
-optimizer's state as one process writes it. So a run can go on with other devices, or with one.
+A checkpoint holds the adapter or model whole, and the optimizer's state by parameter as one process has it. So a run
+can go on with another strategy, on other devices, or on one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,21 @@ from torch.distributed.tensor.experimental import implicit_replication
 from transformers import Trainer
 
 from vlmtune.config import ModelWithLoRAArguments, TrainingArguments
-from vlmtune.errors import ConfigError, ResumeError
+from vlmtune.errors import ConfigError
+from vlmtune.models.checkpoint import load_adapter, load_full_weights
 from vlmtune.models.families import get_family
 from vlmtune.models.provenance import base_model
+from vlmtune.training.optimizer_files import (
+    SCHEDULER,
+    has_parts,
+    read_optimizer,
+    settings_of,
+    with_kinds,
+    write_optimizer,
+)
+from vlmtune.training.zero import MASTER, ZeroOptimizer, gathered, load_weights, under_zero, whole_models, whole_weight
 
 logger = logging.getLogger("vlmtune.training")
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 
 def check_strategy(args: TrainingArguments, model_args: ModelWithLoRAArguments) -> None:
@@ -51,8 +60,6 @@ def check_strategy(args: TrainingArguments, model_args: ModelWithLoRAArguments) 
         reasons.append("8-bit weights of bitsandbytes cannot be shared out; use_4bit can, with strategy fsdp")
     if model_args.use_4bit and args.strategy == "zero3":
         reasons.append("4-bit weights are shared out by strategy fsdp alone; use that")
-    if args.strategy in ("zero2", "zero3") and not model_args.use_lora:
-        reasons.append("full weights are written with other names than the base's with it; use strategy fsdp")
     if reasons:
         raise ConfigError(f"strategy {args.strategy} cannot be used here: {'; '.join(reasons)}. Or use ddp.")
 
@@ -84,14 +91,16 @@ def require_one_dtype(model: nn.Module) -> None:
 
 def whole(value: Any) -> Any:
     """Return a tensor that was shared out as one tensor on the CPU; all ranks must ask for it together."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    return whole_weight(value) if under_zero(value) else value
 
 
 def gathered_weights(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
     """Return the weights whole, one tensor after another; all ranks must ask for them together.
 
     Args:
-        model: shared out by FSDP2.
+        model: shared out by FSDP2 or ZeRO.
         trained_only: those that are trained, which is what an adapter consists of.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -104,7 +113,7 @@ def gathered_weights(model: nn.Module, *, trained_only: bool) -> dict[str, Tenso
             continue
         if id(tensor) not in named:
             named[id(tensor)] = name
-            found = whole(tensor.detach())
+            found = whole(tensor).detach()
             # Only the first rank writes; the others need not hold the model.
             if first:
                 gathered[name] = found
@@ -113,50 +122,54 @@ def gathered_weights(model: nn.Module, *, trained_only: bool) -> dict[str, Tenso
     return gathered
 
 
-def gathered_optimizer(optimizer: Any) -> dict[str, Any]:
-    """Return an optimizer's ``state_dict`` as one process has it; all ranks must ask for it together."""
-    state = optimizer.state_dict()
-    parts = {key: {name: whole(value) for name, value in own.items()} for key, own in state["state"].items()}
-    return {"state": parts, "param_groups": state["param_groups"]}
+def gathered_optimizer(state: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
+    """Gather each value of an optimizer's ``state_dict`` in turn; all ranks must go through them together."""
+    for place, own in sorted(state["state"].items()):
+        for name, value in own.items():
+            yield place, name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def shared_out_optimizer(state: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Return a ``state_dict`` of one process with each tensor shared out as the parameter it belongs to."""
+def shared_out_optimizer(saved: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Return a ``state_dict`` of one process with each tensor shared out as the parameter it belongs to.
+
+    Args:
+        saved: from :func:`~vlmtune.training.optimizer_files.read_optimizer`.
+        optimizer: of this run; of one process, its parameters are not shared out.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     parts = {
-        key: {name: _as_parameter(value, parameters[key]) for name, value in own.items()}
-        for key, own in state["state"].items()
+        place: {name: _as_parameter(value, parameters[place]) for name, value in own.items() if name != MASTER}
+        for place, own in saved["state"].items()
     }
-    return {"state": parts, "param_groups": state["param_groups"]}
+    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    return {"state": parts, "param_groups": [with_kinds(group, now) for group, now in groups]}
 
 
 def _as_parameter(value: Any, parameter: Tensor) -> Any:
     """Share out what has the parameter's shape, such as moments; step counts stay as they are."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not isinstance(value, Tensor):
         return value
-    # Every rank has read the file, so none has to send.
-    mesh = parameter.device_mesh
-    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-
-
-def require_as_many_ranks(folder: Path, ranks: int) -> None:
-    """Check that a checkpoint is DeepSpeed's, and of as many ranks, without which it cannot be gone on from.
-
-    Raises:
-        ResumeError: it is not.
-    """
-    wrote = len(list(folder.glob("global_step*/*_optim_states.pt")))
-    if wrote != ranks:
-        found = f"was written by {wrote} ranks" if wrote else "was not written by DeepSpeed"
-        raise ResumeError(
-            f"The checkpoint {folder} {found}, and this run has {ranks} ranks under DeepSpeed, which goes on from its "
-            f"own checkpoints on as many ranks alone. Use {f'{wrote} devices' if wrote else 'strategy ddp or fsdp'}. "
-            "Checkpoints of ddp and fsdp go on with either, on any number of devices."
-        )
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        # Every rank has read the file, so none has to send.
+        mesh = parameter.device_mesh
+        value = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+    # No part of the checkpoint's file, which may be deleted.
+    return value.clone()
 
 
 class ShardingTrainer(Trainer):
-    """``transformers.Trainer`` whose checkpoints under FSDP2 are those of one process."""
+    """``transformers.Trainer`` whose checkpoints under FSDP2 and ZeRO go on as those of one process.
+
+    Attributes:
+        trained_groups: the optimizer's ``param_groups``, as they were before DeepSpeed put flat pieces in their place.
+    """
+
+    trained_groups: list[dict[str, Any]]
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether no rank has the whole optimizer."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; accelerate itself turns FSDP on beside an accelerator alone, though gloo has it too."""
@@ -170,7 +183,15 @@ class ShardingTrainer(Trainer):
         state.fsdp_plugin, self.is_fsdp_enabled = plugin, True
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.is_deepspeed_enabled:
+            # The base class would have DeepSpeed load a checkpoint of its own, which is a pickle.
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self._zero()
+            if resume_from_checkpoint is not None:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            return prepared
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.fsdp_version != 2:
@@ -178,33 +199,58 @@ class ShardingTrainer(Trainer):
             plugin.transformer_cls_names_to_wrap = layer_classes(self.model)
             if self.accelerator.mixed_precision == "no":
                 require_one_dtype(self.model)
-        return super()._prepare_for_training(*args, **kwargs)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def loading_whole_tensors(self) -> AbstractContextManager[Any]:
-        """Return the context in which whole tensors can be copied into weights that are shared out."""
-        return implicit_replication() if self.is_fsdp_enabled else nullcontext()
+    def load_whole(self, model: nn.Module, folder: Path, *, adapted: bool) -> None:
+        """Load a checkpoint's weights into a model that may be shared out; on all ranks together."""
+        if self.is_deepspeed_enabled:
+            if adapted:
+                with gathered([one for one in model.parameters() if one.requires_grad], write=True):
+                    load_adapter(model, folder)
+            else:
+                with whole_models(self.args):
+                    load_full_weights(model, folder, into=load_weights)
+            self._zero().take_up_weights(read_optimizer(folder))
+            return
+        with implicit_replication() if self.is_fsdp_enabled else nullcontext():
+            (load_adapter if adapted else load_full_weights)(model, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, or of an adapted one the adapter, whole; on all ranks together."""
-        if not self.is_fsdp_enabled:
+        if not self.shares_out:
             super().save_model(output_dir, _internal_call)
             return
         adapted = hasattr(self.model, "peft_config")
         self._save(output_dir, state_dict=gathered_weights(self.model, trained_only=adapted))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not self.shares_out:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = gathered_optimizer(self.optimizer)
+        folder = Path(output_dir)
+        if self.is_deepspeed_enabled:
+            zero = self._zero()
+            write_optimizer(folder, zero.values(), zero.record())
+        else:
+            state = self.optimizer.state_dict()
+            groups = [{**settings_of(group), "params": group["params"]} for group in state["param_groups"]]
+            write_optimizer(folder, gathered_optimizer(state), {"param_groups": groups})
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (self.shares_out or has_parts(folder)):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(shared_out_optimizer(state, self.optimizer))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        saved = read_optimizer(folder)
+        if self.is_deepspeed_enabled:
+            self._zero().restore(saved)
+        else:
+            self.optimizer.load_state_dict(shared_out_optimizer(saved, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+
+    def _zero(self) -> ZeroOptimizer:
+        return ZeroOptimizer(self.deepspeed.optimizer, self.trained_groups, self.optimizer.param_groups)

@@ -37,7 +37,6 @@ from vlmtune.training.loaders import (
     worker_died,
 )
 from vlmtune.training.run_state import RunState
-from vlmtune.training.sharding import require_as_many_ranks
 from vlmtune.training.signals import StopNow, StopSignals
 from vlmtune.training.stream_sampler import StreamSampler, go_on, positions
 
@@ -94,9 +93,7 @@ class SteadyTrainer(Trainer):
         self.run_state = RunState()
         calm_worker_deaths()
         if checkpoint is not None:
-            require_whole(checkpoint, sharded=self.is_deepspeed_enabled)
-            if self.is_deepspeed_enabled:
-                require_as_many_ranks(checkpoint, self.args.world_size)
+            require_whole(checkpoint)
             self._restored = RunState.load(checkpoint)
             own = checkpoint.resolve().parent == Path(str(self.args.output_dir)).resolve()
             self._saved_step = step_of(checkpoint) if own else -1

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from vlmtune.batching.collator import BaseVLMDataCollator
 from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
-from vlmtune.models.checkpoint import is_adapter_dir, load_adapter, load_full_weights, save_model_and_processor
+from vlmtune.models.checkpoint import is_adapter_dir, save_model_and_processor
 from vlmtune.models.families import get_family
 from vlmtune.models.provenance import base_fingerprint, base_model
 from vlmtune.training.answer_pictures import show_answers
@@ -84,7 +84,7 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
         self.answer_scorer = answer_scorer
         self._dummy_image: dict[str, Tensor] | None = None
         # Taken before weights are sharded: no rank alone can read them later.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sharded = self.shares_out
         self._fingerprint = base_fingerprint(self.model) if sharded else None
         base = base_model(self.model)
         places = (place for part, place in self.family.parts.items() if part in ("vision", "projector"))
@@ -115,6 +115,7 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
         """Make the base class's optimizer, with the learning rates of the parts."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         split_by_part(optimizer, self.model if model is None else model, self.family, self.args)
+        self.trained_groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         return optimizer
 
     # -- loss ---------------------------------------------------------------------------------------------
@@ -276,9 +277,6 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
         folder = Path(resume_from_checkpoint)
         if not folder.is_dir():
@@ -289,8 +287,7 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
                 f"{folder} holds {'full weights' if adapted else 'an adapter'}, but this run trains "
                 f"{'an adapter' if adapted else 'full weights'}. Resume with the settings the run was started with."
             )
-        with self.loading_whole_tensors():
-            (load_adapter if adapted else load_full_weights)(target, folder)
+        self.load_whole(target, folder, adapted=adapted)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is None:
