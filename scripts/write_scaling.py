@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,11 @@ KEY_BYTES = 64 + 4
 
 @dataclass(frozen=True)
 class Counted:
-    """Parameters of a model, of its layers, of those of its language model, and of LoRA on that."""
+    """Parameters of a model, of its layers, of those gathered twice beside a frozen tower, and of LoRA."""
 
     all: int
     layers: int
-    language_layers: int
+    twice: int
     lora: int
     hidden: int
 
@@ -79,10 +78,10 @@ def count(size: str) -> Counted:
     with torch.device("meta"):
         model: Any = Gemma3ForConditionalGeneration(config)
     everything = numel(model)
-    all_layers, language = (sum(map(numel, units(model, parts))) for parts in (("language", "vision"), ("language",)))
+    all_layers, twice = (sum(map(numel, units(model, frozen_tower=frozen))) for frozen in (False, True))
     adapted = setup_lora(model, lora_r=16, lora_init="default")
     lora = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
-    return Counted(everything, all_layers, language, lora, hidden)
+    return Counted(everything, all_layers, twice, lora, hidden)
 
 
 def numel(module: Any) -> int:
@@ -90,14 +89,17 @@ def numel(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def units(model: Any, parts: Iterable[str]) -> list[Any]:
-    """The layers of some parts of a model, which `fsdp` shares out each by itself."""
+def units(model: Any, *, frozen_tower: bool) -> list[Any]:
+    """The layers that `fsdp` shares out each by itself, and gathers once more for the backward pass.
+
+    No gradient flows through a frozen tower, but its last layer is fetched ahead with the first of the language model.
+    """
     from vlmtune.models.families import get_family
     from vlmtune.models.provenance import base_model
 
     base, family = base_model(model), get_family(model)
-    places = (f"{family.parts[part]}.{place}" for part, place in family.layers.items() if part in parts)
-    return [layer for place in places for layer in base.get_submodule(place)]
+    lists = {part: list(base.get_submodule(f"{family.parts[part]}.{place}")) for part, place in family.layers.items()}
+    return [*lists["language"], *(lists["vision"][-1:] if frozen_tower else lists["vision"])]
 
 
 def exchanged(
@@ -107,13 +109,13 @@ def exchanged(
 
     An all-gather or a reduce-scatter of M bytes sends M (N - 1) / N from each of N devices, an all-reduce twice that
     (Thakur et al. 2005, doi:10.1177/1094342005051521). ``ddp`` all-reduces the gradients once a step, in float32;
-    ``fsdp`` gathers the layers that gradients flow through twice (forward, backward) and the other weights once for
-    each of ``batches``, and reduce-scatters the gradients once, all in the number format that is computed in.
+    ``fsdp`` gathers the layers twice (forward, backward) and the other weights once for each of ``batches``, and
+    reduce-scatters the gradients once, all in the number format that is computed in.
 
     Args:
         trained: parameters that are trained.
         everything: all parameters.
-        layers: parameters of the layers that gradients flow through: not those of a frozen tower.
+        layers: those of :func:`units`.
         devices: N.
         batches: of a device in one step.
         computed: bytes of a number in the format that is computed in.
@@ -145,7 +147,7 @@ def tables() -> dict[str, str]:
     communication, checkpoints, caches = [], [], []
     for size, found in counted.items():
         for what, trained, layers in (
-            ("LoRA", found.lora, found.language_layers),
+            ("LoRA", found.lora, found.twice),
             ("in full", found.all, found.layers),
         ):
             sent = [exchanged(trained, found.all, layers, devices) for devices in DEVICES]

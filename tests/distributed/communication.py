@@ -60,8 +60,7 @@ def main() -> None:
         trainers.append(create_trainer(**options))
         trainers[-1].__class__ = Watched
         script = runpy.run_path(str(SCALING))
-        # The tower is frozen: no gradient flows through its layers.
-        layers = script["units"](options["model"], ["language"])
+        layers = script["units"](options["model"], frozen_tower=True)
         sizes["all"], sizes["layers"] = script["numel"](options["model"]), sum(map(script["numel"], layers))
         return trainers[-1]
 

@@ -110,6 +110,7 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
             "qwen2_vl": job("qwen2_vl", "qwen2_vl", data.mixed, cache_image_features="off", max_steps=3),
             "text_only_rank": job("text_only_rank", "gemma3", data.mixed, **vision),
             "full": job("full", "gemma3", data.images, use_lora=False, max_steps=4, **saved),
+            "bf16": job("bf16", "gemma3", data.images, use_lora=False, bf16=True, max_steps=4, **saved),
             "best": job("best", "gemma3", data.images, **small, **saved | best, learning_rate=0.05),
             "quantised": job("quantised", "gemma3", data.images, use_4bit=True, max_steps=2),
             "paligemma": job("paligemma", "paligemma", data.images, max_steps=3),
@@ -125,12 +126,12 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
 JOBS = {
     "ddp": ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "auto", "few", "full", "quantised"),
     "fsdp": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best", "quantised"),
-    "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best"),
+    "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "bf16", "best"),
     "zero3": ("gemma3", "text_only_rank", "full", "best"),
 }
 ZERO_GOES_ON = (
     *("zero2<zero2/gemma3", "zero3<zero3/gemma3", "zero2<zero2/full", "zero3<zero3/full"),
-    *("zero2<zero3/full", "zero3<ddp/full", "zero2<fsdp/full"),
+    *("zero2<zero3/full", "zero3<ddp/full", "zero2<fsdp/full", "zero2<ddp/gemma3"),
     *("one<zero2/gemma3", "one<zero3/full", "three<zero2/full"),
 )
 
@@ -192,7 +193,7 @@ def zero(jobs, two, tmp_path_factory) -> Outcomes:
     launch(2, list(made.values()), folder)
 
     def left(run: str) -> Path:
-        place = two(run).folder if run in ("ddp/full", "fsdp/full") else Path(made[run]["job"]) / "run"
+        place = two(run).folder if run.startswith(("ddp", "fsdp")) else Path(made[run]["job"]) / "run"
         return place / "checkpoint-3"
 
     rest: dict[int, Jobs] = {1: {}, 2: {}, 3: {}}
@@ -202,6 +203,7 @@ def zero(jobs, two, tmp_path_factory) -> Outcomes:
         kind = source.rpartition("/")[2]
         base = jobs("rest", ranks, where if ranks == 2 else "fsdp" if ranks == 3 else "ddp")
         rest[ranks][name] = resumed(base, kind, left(source))
+    rest[2]["resumed/bf16"] = resumed(jobs("rest", 2, "zero2"), "bf16", left("zero2/bf16"))
     for ranks, more in rest.items():
         launch(ranks, list(more.values()), folder)
         made |= more

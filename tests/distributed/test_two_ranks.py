@@ -178,6 +178,18 @@ def test_zero_goes_on_from_and_to_any_strategy(goes_on, one, zero) -> None:
 
 @pytest.mark.slow
 @needs_deepspeed
+def test_weights_of_16_bits_are_saved_and_gone_on_with_in_32(zero) -> None:
+    """DeepSpeed computes with weights rounded to bfloat16, and adds to float32 ones in its optimizer."""
+    whole, rest = zero("zero2/bf16"), zero("resumed/bf16")
+    trained = {name: tensor for name, tensor in whole.weights.items() if tensor.dtype == torch.float32}
+    assert len(trained) > 40
+    assert max((tensor - tensor.bfloat16()).abs().max() for tensor in trained.values()) > 1e-3
+    # On a CPU bfloat16 rounds by how memory lies, too.
+    assert_same_weights(rest, whole, 3e-5)
+
+
+@pytest.mark.slow
+@needs_deepspeed
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_the_best_checkpoint_is_loaded_with_zero(strategy, zero) -> None:
     assert_best_is_final(zero(f"{strategy}/best"))

@@ -20,7 +20,7 @@ FREE = frozenset(
     "disable_tqdm report_to run_name project trackio_space_id push_to_hub logging_dir cache_dir cache_max_gb "
     "verify_images image_timeout per_device_eval_batch_size max_eval_seconds skip_memory_metrics use_cpu local_rank "
     "ddp_backend ddp_timeout debug torch_empty_cache_steps per_device_train_batch_size gradient_accumulation_steps "
-    "train_batch_size eval_batch_size device_batch_size device_memory_gb strategy "
+    "train_batch_size eval_batch_size device_batch_size device_memory_gb strategy devices nodes rendezvous "
     "fsdp fsdp_config deepspeed accelerator_config effective_batch_size ddp_find_unused_parameters".split()
 )
 FREE_PREFIXES = ("dataloader_", "logging_", "log_", "hub_", "save_")

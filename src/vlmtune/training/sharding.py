@@ -250,7 +250,11 @@ class ShardingTrainer(Trainer):
             self._zero().restore(saved)
         else:
             self.optimizer.load_state_dict(shared_out_optimizer(saved, self.optimizer))
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+        schedule = torch.load(folder / SCHEDULER, weights_only=True)
+        # It holds figures by group, and DeepSpeed leaves out groups without parameters.
+        now = self.lr_scheduler.state_dict()
+        fits = {k: not isinstance(value, list) or len(value) == len(now[k]) for k, value in schedule.items()}
+        self.lr_scheduler.load_state_dict({k: value if fits[k] else now[k] for k, value in schedule.items()})
 
     def _zero(self) -> ZeroOptimizer:
         return ZeroOptimizer(self.deepspeed.optimizer, self.trained_groups, self.optimizer.param_groups)
