@@ -92,7 +92,7 @@ def require_one_dtype(model: nn.Module) -> None:
 def whole(value: Any) -> Any:
     """Return a tensor that was shared out as one tensor on the CPU; all ranks must ask for it together."""
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        return value.detach().full_tensor().cpu()
     return whole_weight(value) if under_zero(value) else value
 
 
@@ -200,6 +200,20 @@ class ShardingTrainer(Trainer):
             if self.accelerator.mixed_precision == "no":
                 require_one_dtype(self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the base class's optimizer.
+
+        Raises:
+            ConfigError: DeepSpeed is to make one, of parameters in an order of its own.
+        """
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigError(
+                "The DeepSpeed configuration has an optimizer of its own, with which no checkpoint can be written. "
+                "Leave optimizer and scheduler out of it: optim, learning_rate and lr_scheduler_type stand in for them."
+            )
+        return optimizer
 
     def load_whole(self, model: nn.Module, folder: Path, *, adapted: bool) -> None:
         """Load a checkpoint's weights into a model that may be shared out; on all ranks together."""
