@@ -92,7 +92,7 @@ def require_one_dtype(model: nn.Module) -> None:
 def whole(value: Any) -> Any:
     """Return a tensor that was shared out as one tensor on the CPU; all ranks must ask for it together."""
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        return value.full_tensor().cpu()
     return whole_weight(value) if under_zero(value) else value
 
 
