@@ -62,7 +62,7 @@ def refused(capsys: pytest.CaptureFixture[str]):
         said = capsys.readouterr()
         error = said.err[said.err.index("error: ") :]
         assert said.out == "" and "Traceback" not in said.err
-        assert "\n\n" not in error and len(error) < 1800
+        assert "\n\n" not in error and len(error) < 2200
         return error
 
     return check
