@@ -53,8 +53,9 @@ def train(argv: list[str]) -> int:
     print(
         "  the adapter or model with its processor; run.json (options, versions, data); log.jsonl (every logged step)"
     )
-    if result.left_out:
-        print(f"  left_out.jsonl names the {len(result.left_out)} samples that were not trained on, with the reasons")
+    if (record := result.output_dir / "left_out.jsonl").is_file():
+        count = len(record.read_text(encoding="utf-8").splitlines())
+        print(f"  left_out.jsonl names the {count} samples that were not trained on, with the reasons")
     print(f"Try it: vlmtune predict {result.output_dir} IMAGE --prompt 'Describe this image.'")
     leave_report([result.output_dir])
     return 0

@@ -60,7 +60,8 @@ class RunResult:
         metrics: training and evaluation figures, by the names the log uses.
         steps: optimizer steps done.
         seconds: of training alone, without loading.
-        left_out: (sample id, reason) of every sample that was not trained on, nor evaluated.
+        left_out: (sample id, reason) of every sample that was not trained on, nor evaluated; with streaming those that
+            this process met since it began.
     """
 
     output_dir: Path
@@ -320,6 +321,8 @@ def _train_and_save(
     if writes:
         leave_card(output_dir)
         logger.info("saved to %s after %d steps in %.0f s", output_dir, trainer.state.global_step, seconds)
+    if isinstance(trainer.train_sampler, StreamSampler):
+        left_out = [*left_out, *trainer.train_sampler.left_out]
     return RunResult(output_dir, metrics, trainer.state.global_step, seconds, left_out)
 
 

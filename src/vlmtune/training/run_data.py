@@ -149,12 +149,12 @@ def load_run_data(
     place = {"rank": training_args.process_index, "world_size": training_args.world_size}
     stream = Stream(shards, data_args, collator, seed=_seed(training_args), **place)
     logger.info(
-        "streaming %s shards, %.1f GB, %s windows an epoch of this process",
-        *(f"{len(shards.files):,}", sum(shards.sizes) / 1e9, f"{stream.per_epoch:,}"),
+        "streaming %s shards, %s MB, in %s windows an epoch of this process",
+        *(f"{len(shards.files):,}", f"{sum(shards.sizes) / 1e6:,.0f}", f"{stream.per_epoch:,}"),
     )
     first = stream.prepare(0)
     stream.require_few_bad(len(first.bad), len(first.lengths) + len(first.left_out), first.bad)
-    logger.info("the first of them: %s", first.summary())
+    logger.info("window 0: %s", first.summary())
     return replace(data, train_rows=StreamRows(stream), stream=stream, first=first)
 
 

@@ -195,7 +195,9 @@ class StreamSampler:
         if window.number <= self._counted:
             return
         self._counted = window.number
-        logger.info("window %d: %s", window.number, window.summary())
+        # The first was told of when it was prepared, before the weights were loaded.
+        if window.number:
+            logger.info("window %d: %s", window.number, window.summary())
         epoch, _ = divmod(window.number, self.stream.per_epoch)
         if epoch == 0:
             self.left_out += window.left_out
