@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 from rich.progress import track
 
 from vlmtune.data import images, remote
@@ -279,7 +280,7 @@ def _with_bad_images(
     rows = dataset.select_columns(["id", "images"]).with_format("arrow")
     starts: Iterable[int] = range(0, len(dataset), ROWS_AT_ONCE)
     if len(dataset) >= PROGRESS_FROM and shows_progress():
-        starts = track(starts, description="Checking images", transient=True)
+        starts = track(starts, description="Checking images", transient=True, console=Console(stderr=True))
     for start in starts:
         batch = rows[start : start + ROWS_AT_ONCE]
         refs = [tuple(ImageRef(**image) for image in row) for row in batch["images"].to_pylist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +12,8 @@ _hidden = False
 
 
 def shows_progress() -> bool:
-    """Whether progress bars are shown."""
-    return not _hidden
+    """Whether progress bars are shown: to a person at a terminal."""
+    return sys.stderr.isatty() and not _hidden
 
 
 @contextmanager

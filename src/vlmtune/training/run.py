@@ -305,7 +305,7 @@ def _train_and_save(
         seconds = trainer.run_state.seconds()
         metrics = dict(output.metrics)
         if trainer.eval_dataset is not None and "eval_loss" not in metrics:
-            metrics |= trainer.evaluate()
+            metrics |= _last_evaluation(trainer) or trainer.evaluate()
         # On every rank: where weights are sharded, all of them give their part.
         with writing_files(output_dir, writes=writes, wait=trainer.accelerator.wait_for_everyone) as folder:
             trainer.save_model(str(folder))
@@ -324,6 +324,16 @@ def _train_and_save(
     if isinstance(trainer.train_sampler, StreamSampler):
         left_out = [*left_out, *trainer.train_sampler.left_out]
     return RunResult(output_dir, metrics, trainer.state.global_step, seconds, left_out)
+
+
+def _last_evaluation(trainer: MemoryEfficientTrainer) -> dict[str, float]:
+    """Return the figures of an evaluation of the weights as they are, where the last step brought one."""
+    if trainer.args.load_best_model_at_end:
+        return {}
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+        return {}
+    return {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
 
 
 def _record_stop(trainer: MemoryEfficientTrainer, output_dir: Path, error: BaseException) -> None:
