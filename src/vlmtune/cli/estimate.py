@@ -56,6 +56,7 @@ def estimate(argv: list[str]) -> int:
         devices=args.devices,
         strategy=args.strategy,
         optim=args.optim,
+        largest_images=args.image_size is None,
     )
     found = estimator.estimate(settings)
     tokens = found.image_tokens + args.text_tokens

@@ -39,9 +39,17 @@ class BaseModelArguments(Checked):
         help="Attention code: sdpa, eager, flex_attention or flash_attention_2; by default what the model's family is "
         "exact with. With flash attention no image is shared between texts.",
     )
+    image_max_pixels: int | None = option(
+        None,
+        help="Resize larger images to at most so many pixels, such as 501760, before the model sees them: fewer image "
+        "tokens, less memory, less detail. It is done by the model's own processor, which is saved so with what is "
+        "trained. max_pixels is another thing: it refuses files.",
+    )
     trust_remote_code: bool = option(
         False, help="Run Python code that comes with the model. Leave it off unless you have read that code."
     )
+
+    limits: ClassVar[Limits] = {"image_max_pixels": AT_LEAST_ONE}
 
 
 @dataclass

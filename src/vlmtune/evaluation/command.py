@@ -239,6 +239,7 @@ def load(
         quantization_config=quantization_of(quantization_args, model_args.torch_dtype),
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
+        image_max_pixels=model_args.image_max_pixels,
     )
     get_family(model, model_args.model_type)
     return model, processor

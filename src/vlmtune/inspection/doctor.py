@@ -245,7 +245,7 @@ def _report_model(
         "trust_remote_code": model_args.trust_remote_code,
     }
     family = get_family(load_config(model_args.model_name_or_path, **origin), model_args.model_type)
-    processor = load_processor(model_args.model_name_or_path, **origin)
+    processor = load_processor(model_args.model_name_or_path, **origin, image_max_pixels=model_args.image_max_pixels)
     encoder = Encoder(processor, family, max_pixels=data_args.max_pixels)
     not_shared = why_not_shared(family, model_args.attn_implementation)
     if data_args.share_images == "on" and not_shared:

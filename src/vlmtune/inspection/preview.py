@@ -123,7 +123,7 @@ def preview(
     }
     family = get_family(load_config(model_args.model_name_or_path, **origin), model_args.model_type)
     encoder = Encoder(
-        load_processor(model_args.model_name_or_path, **origin),
+        load_processor(model_args.model_name_or_path, **origin, image_max_pixels=model_args.image_max_pixels),
         family,
         max_length=data_args.max_length,
         on_too_long=data_args.on_too_long,

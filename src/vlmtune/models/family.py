@@ -35,6 +35,9 @@ Render = Callable[[Any, Sequence[Mapping[str, Any]], bool], str]
 # (processor, image flag of each token, what `Layout` gives or the image processor) -> positions on each axis.
 Positions = Callable[[Any, Sequence[int], Mapping[str, Any]], list[list[int]]]
 
+# (processor, pixels) -> None; makes the processor resize larger images; raises ValueError where it cannot.
+LimitPixels = Callable[[Any, int], None]
+
 
 def nothing_unused(config: Any) -> Sequence[str]:
     """For families where every weight reaches the loss."""
@@ -70,6 +73,39 @@ def class_image_options(processor: Any) -> Mapping[str, Any]:
 def fixed_layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
     """For families where every image has as many soft tokens: no crops stands for an image not decoded."""
     return {"num_crops": [0] * len(sizes)}
+
+
+def fixed_size(processor: Any, pixels: int) -> None:
+    """For families without a choice of size.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("it sees every image at one size")
+
+
+def require_pixels(pixels: int, least: int) -> None:
+    """Refuse a limit below the smallest image that a processor makes.
+
+    Raises:
+        ValueError: with that image's pixels.
+    """
+    if pixels < least:
+        raise ValueError(f"its smallest image has {least:,} pixels")
+
+
+def fewer_tiles(processor: Any, pixels: int) -> None:
+    """For families that cut an image into at most ``max_patches`` tiles: as many as the pixels hold.
+
+    Raises:
+        ValueError: fewer pixels than one tile.
+    """
+    images = processor.image_processor
+    tile = images.size["height"] * images.size["width"]
+    require_pixels(pixels, tile)
+    for name in ("min_patches", "max_patches", "dense_max_patches"):
+        if hasattr(images, name):
+            setattr(images, name, min(getattr(images, name), pixels // tile))
 
 
 @dataclass(frozen=True)
@@ -115,6 +151,7 @@ class Family:
             quantised.
         boxes: how it writes boxes.
         view: the part of an image that it sees, and how large; boxes are counted in it.
+        limit_pixels: makes a processor resize images of more pixels (``image_max_pixels``), never enlarge them.
         layers: part name -> place, inside the part, of the list of its layers, which sharded training takes as units.
         features_listed: the model takes prepared image features as a list, one tensor an image.
         block_layers: where ``attention`` is ``image_block``, the kinds of layers in which it is so.
@@ -172,3 +209,4 @@ class Family:
     estimate_reason: str = ""
     boxes: BoxCodec = THOUSANDTHS
     view: ViewOf = whole
+    limit_pixels: LimitPixels = fixed_size

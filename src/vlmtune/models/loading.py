@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightRenaming
 from vlmtune.errors import AdapterError, ConfigError, ModelError
 from vlmtune.models.checkpoint import adapter_base, attach_adapter, is_adapter_dir
 from vlmtune.models.families import FAMILIES, get_family
-from vlmtune.models.family import Family
+from vlmtune.models.family import Family, fixed_size
 from vlmtune.models.processors import load_auto_processor
 from vlmtune.models.quantization import get_torch_dtype, require_language_only, unquantised_modules
 
@@ -37,11 +37,24 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
         raise _not_found(name, error) from error
 
 
-def load_processor(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_processor(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    image_max_pixels: int | None = None,
+) -> Any:
     """Return a model's processor: tokenizer, image processor and chat template.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code from the model's repository.
+        image_max_pixels: the processor resizes images of more pixels, and is saved so.
 
     Raises:
         ModelError: there is none, it is only a tokenizer, or it has no chat template.
+        ConfigError: the family has no such limit, or none so small.
     """
     name = _expand(name)
     try:
@@ -63,7 +76,29 @@ def load_processor(name: str | Path, *, revision: str | None = None, trust_remot
             f"{name} has no chat template, so conversations cannot be rendered. Copy chat_template.jinja from the "
             "instruction-tuned model of the same family."
         )
+    if image_max_pixels is not None:
+        limit_pixels(processor, image_max_pixels)
     return processor
+
+
+def limit_pixels(processor: Any, image_max_pixels: int) -> None:
+    """Make a processor resize images of more pixels, in its family's manner; one with a lower limit keeps that.
+
+    Raises:
+        ConfigError: the family has no such limit, or none so small.
+    """
+    # Families that share a processor limit it alike, and an adapter's folder has no configuration to tell them apart.
+    kind = type(processor).__name__
+    family = next((family for family in FAMILIES.values() if family.processor_class == kind), None)
+    if family is None:
+        raise ConfigError(f"image_max_pixels cannot be used: how {kind} resizes images is not known. Leave it out.")
+    try:
+        family.limit_pixels(processor, image_max_pixels)
+    except ValueError as error:
+        raise ConfigError(
+            f"image_max_pixels {image_max_pixels:,} cannot be used with {family.name}: {error}. Leave it out"
+            f"{', or raise it' if family.limit_pixels is not fixed_size and family.sized else ''}."
+        ) from error
 
 
 def load_model_for_training(
@@ -129,6 +164,7 @@ def load_model_for_inference(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
+    image_max_pixels: int | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model, with an adapter if there is one, ready to generate.
 
@@ -141,6 +177,7 @@ def load_model_for_inference(
         revision: as there.
         trust_remote_code: as there.
         device: where the model goes; a GPU if there is one.
+        image_max_pixels: as in :func:`load_processor`; an adapter's own processor has the limit it was trained with.
 
     Returns:
         Model in evaluation mode and processor.
@@ -148,6 +185,7 @@ def load_model_for_inference(
     Raises:
         ModelError: as :func:`load_model_for_training`.
         AdapterError: the adapter is of another model, or not whole.
+        ConfigError: as :func:`load_processor`, before weights are loaded.
     """
     model_name_or_path, adapter = _expand(model_name_or_path), _expand(adapter) if adapter is not None else None
     if is_adapter_dir(model_name_or_path):
@@ -157,24 +195,27 @@ def load_model_for_inference(
         model_name_or_path = adapter_base(adapter)
     elif adapter is not None and not is_adapter_dir(adapter):
         raise AdapterError(f"{adapter} is no adapter folder: it has no adapter_config.json. Name a run's output_dir.")
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    get_family(load_config(model_name_or_path, **origin))
+    has_own = adapter is not None and (Path(adapter) / "processor_config.json").exists()
+    processor = load_processor(
+        adapter if has_own and adapter is not None else model_name_or_path,
+        revision=None if has_own else revision,
+        trust_remote_code=trust_remote_code,
+        image_max_pixels=image_max_pixels,
+    )
     model = load_model_for_training(
         model_name_or_path,
         quantization_config=quantization_config,
         torch_dtype=torch_dtype,
         attn_implementation=attn_implementation,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        **origin,
     )
     if adapter is not None:
         model = attach_adapter(model, adapter)
     model.config.get_text_config().use_cache = True  # type: ignore[union-attr, operator]
     if quantization_config is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    has_own = adapter is not None and (Path(adapter) / "processor_config.json").exists()
-    if has_own and adapter is not None:
-        processor = load_processor(adapter, trust_remote_code=trust_remote_code)
-    else:
-        processor = load_processor(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     return model.eval(), processor
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlmtune.errors import ModelError
 from vlmtune.models.families import get_family
 from vlmtune.models.family import Size
-from vlmtune.models.loading import load_config, load_processor
+from vlmtune.models.loading import limit_pixels, load_config, load_processor
 from vlmtune.models.lora import prepare_full_finetuning, setup_lora
 from vlmtune.models.memory_autocast import MetaAutocast
 from vlmtune.models.memory_images import image_inputs
@@ -47,6 +47,7 @@ class Settings:
         devices: of the run.
         strategy: ``ddp``, ``fsdp``, ``zero1``, ``zero2`` or ``zero3``.
         optim: name of the optimizer, as in ``transformers.TrainingArguments``.
+        largest_images: the images' size is not known; ``batch.size`` has the most tokens of all.
     """
 
     batch: Batch = field(default_factory=Batch)
@@ -56,6 +57,7 @@ class Settings:
     devices: int = 1
     strategy: str = "ddp"
     optim: str = "adamw_torch"
+    largest_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,11 @@ class MemoryEstimator:
         autocast: number format of matrix products in mixed precision, or ``None``.
         device: ``cuda`` or ``cpu``, for what each computes in mixed precision.
         options: of :func:`~vlmtune.models.loading.load_config`.
+        image_max_pixels: the most pixels of an image, as the run's processor resizes it.
 
     Raises:
         ModelError: no such model, or one of a family whose memory cannot be estimated.
+        ConfigError: a family that has no such limit.
     """
 
     name: str | Path
@@ -120,6 +124,7 @@ class MemoryEstimator:
     autocast: torch.dtype | None = None
     device: str = "cuda"
     options: Mapping[str, Any] = field(default_factory=dict)
+    image_max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         """Build the small models."""
@@ -127,6 +132,8 @@ class MemoryEstimator:
         self.family = get_family(self.config)
         if self.family.estimate_reason:
             raise ModelError(f"The memory of {self.family.name} cannot be estimated: {self.family.estimate_reason}.")
+        if self.image_max_pixels is not None:
+            self.limited(self.image_max_pixels)
         self.number_format = get_torch_dtype(self.dtype)
         self.layers = (_text(self.config).num_hidden_layers, _depth(self.config.vision_config))
         few, self.many = _run(_text(self.config), self.config.vision_config, self.layers)
@@ -134,7 +141,7 @@ class MemoryEstimator:
         self.small = [self._build(*size) for size in sizes]
         self.steps = tuple(max(many - one, 1) for many, one in zip(self.many, few, strict=True))
         self._traces: dict[Any, StepMemory] = {}
-        self._images: dict[Size, dict[str, Tensor]] = {}
+        self._images: dict[tuple[Size, int | None], dict[str, Tensor]] = {}
 
     def estimate(self, settings: Settings, *, largest: int = 0) -> Estimate:
         """Estimate the memory on each device under some settings.
@@ -175,7 +182,20 @@ class MemoryEstimator:
     @cached_property
     def processor(self) -> Any:
         """The model's processor, which is loaded where images differ in size."""
-        return load_processor(self.name, **self.options)
+        return load_processor(self.name, **self.options, image_max_pixels=self.image_max_pixels)
+
+    def limited(self, pixels: int | None) -> Any:
+        """The model's processor with a limit on an image's pixels.
+
+        Raises:
+            ConfigError: the family has no such limit, or none so small.
+        """
+        if pixels is None:
+            return self.processor
+        limited = copy.copy(self.processor)
+        limited.image_processor = copy.copy(limited.image_processor)
+        limit_pixels(limited, pixels)
+        return limited
 
     @property
     def quantisable(self) -> bool:
@@ -218,13 +238,13 @@ class MemoryEstimator:
             small.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False} | again)
         else:
             small.model.gradient_checkpointing_disable()
-        image = self._image(batch.size) if batch.size and batch.images else None
+        image = self._image(batch.size, batch.image_max_pixels) if batch.size and batch.images else None
         return trace_step(small.model, self.family, batch, self.loss, autocast, image)
 
-    def _image(self, size: Size) -> dict[str, Tensor]:
-        if size not in self._images:
-            self._images[size] = image_inputs(self.processor, self.family, size)
-        return self._images[size]
+    def _image(self, size: Size, pixels: int | None) -> dict[str, Tensor]:
+        if (size, pixels) not in self._images:
+            self._images[size, pixels] = image_inputs(self.limited(pixels), self.family, size)
+        return self._images[size, pixels]
 
     def _grow(self, values: list[int]) -> int:
         """From the small models' numbers to the whole model's: each further layer adds the same."""

@@ -63,11 +63,6 @@ def image_inputs(processor: Any, family: Family, size: Size) -> dict[str, Tensor
     }
 
 
-def smaller(size: Size, share: float) -> Size:
-    """Return a height and width of the same form with a share of the pixels."""
-    return round(size[0] * share**0.5), round(size[1] * share**0.5)
-
-
 def _processed(processor: Any, family: Family, size: Size) -> Mapping[str, Any]:
     options = {**family.image_options(processor), "return_tensors": "pt"}
     found: Mapping[str, Any] = processor.image_processor([[Image.new("RGB", (size[1], size[0]))]], **options)

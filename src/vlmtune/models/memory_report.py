@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from vlmtune.errors import ConfigError
 from vlmtune.models.memory import MemoryEstimator, Settings
-from vlmtune.models.memory_images import smaller
+from vlmtune.models.memory_images import largest_size, soft_tokens
 
 GB = 10**9
 GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)
@@ -14,8 +16,8 @@ GPU_SIZES = (8, 12, 16, 24, 40, 48, 80, 141)
 USABLE = 0.95
 # Rough factors of time: a second forward pass; unpacking weights in every layer; emptier matrices.
 SLOWER = {"checkpointing": 1.33, "4bit": 1.3, "batch": 1.05, "batch of 1": 1.15}
-# Shares of the pixels that are tried where nothing else makes a run fit.
-PIXELS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+# Limits of an image's pixels that are tried where nothing else makes a run fit.
+PIXELS = tuple(2**power for power in range(23, 9, -1))
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Change:
 def changes(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> list[Change]:
     """Return the changes of settings with which a run fits a GPU, the one that costs least speed first.
 
-    Smaller images are among them where a model's tokens depend on their size and nothing else is enough: the largest
-    of a half, a quarter and so on of the pixels, since less is seen on them.
+    A limit of an image's pixels is among them where a model's tokens depend on it and nothing else is enough: the
+    largest that is enough, of powers of two, since less is seen on smaller images.
 
     Args:
         estimator: of the model.
@@ -42,14 +44,37 @@ def changes(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> l
         size_gb: memory of the GPU, in 10**9 bytes.
     """
     found = _fitting(estimator, settings, settings, size_gb)
-    if settings.batch.size and settings.batch.images and not found:
+    if not found:
         bits = 4 if estimator.quantisable else settings.bits
-        for share in PIXELS:
-            less = replace(settings, batch=replace(settings.batch, size=smaller(settings.batch.size, share)))
-            least = replace(less, checkpointing=True, bits=bits)
-            if _one_fits(estimator, least, size_gb) and (found := _fitting(estimator, settings, less, size_gb)):
-                break
+        smaller = _smaller_images(estimator, settings)
+        first = bisect_left(
+            smaller,
+            True,
+            key=lambda less: _one_fits(estimator, replace(less, checkpointing=True, bits=bits), size_gb),
+        )
+        fitting = (_fitting(estimator, settings, less, size_gb) for less in smaller[first:])
+        found = next((changed for changed in fitting if changed), [])
     return sorted(found, key=lambda change: (change.slower, change.total))
+
+
+def _smaller_images(estimator: MemoryEstimator, settings: Settings) -> list[Settings]:
+    """The settings with each limit of an image's pixels that leaves it fewer tokens, the largest limit first."""
+    size, found = settings.batch.size, list[Settings]()
+    if size is None or not settings.batch.images:
+        return found
+    fewest = soft_tokens(estimator.processor, estimator.family, size)
+    for pixels in PIXELS:
+        try:
+            processor = estimator.limited(pixels)
+        except ConfigError:
+            break
+        if settings.largest_images:
+            size = largest_size(processor, estimator.family)
+        tokens = soft_tokens(processor, estimator.family, size)
+        if tokens < fewest:
+            found.append(replace(settings, batch=replace(settings.batch, size=size, image_max_pixels=pixels)))
+            fewest = tokens
+    return found
 
 
 def _one_fits(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> bool:
@@ -167,9 +192,8 @@ def _change(old: Settings, new: Settings, total: int) -> Change:
     if new.bits != old.bits:
         options.append("use_4bit: true")
         slower *= SLOWER["4bit"]
-    if new.batch.size != old.batch.size and new.batch.size is not None:
-        height, width = new.batch.size
-        options.append(f"images made smaller, to {width} x {height} pixels")
+    if new.batch.image_max_pixels is not None:
+        options.append(f"image_max_pixels: {new.batch.image_max_pixels}")
     return Change(", ".join(options), slower, total)
 
 
@@ -179,5 +203,5 @@ def _shown(change: Change) -> str:
 
 def _tried(estimator: MemoryEstimator, settings: Settings) -> str:
     tried = ["a batch of 1", "checkpointing", *["4 bits"][: estimator.quantisable]]
-    tried += ["a sixteenth of the pixels"][: bool(settings.batch.size)]
+    tried += [f"image_max_pixels: {less.batch.image_max_pixels}" for less in _smaller_images(estimator, settings)[-1:]]
     return f"{', '.join(tried[:-1])} and {tried[-1]}"

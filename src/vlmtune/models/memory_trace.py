@@ -38,6 +38,7 @@ class Batch:
         images: images a sample.
         cached: image features come from the cache, so that the tower does not run.
         size: height and width of every image, where a family's tokens depend on it.
+        image_max_pixels: larger images are resized to so many pixels, where the model's processor has no lower limit.
     """
 
     samples: int = 8
@@ -46,6 +47,7 @@ class Batch:
     images: int = 1
     cached: bool = False
     size: Size | None = None
+    image_max_pixels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vlmtune.models.family import Family
 
 FILE = Path(__file__).parent / "families" / "proved.json"
 # Facts that nothing computed depends on.
-_BESIDE = {"aliases", "paper", "licence", "source", "sharing_reason", "cache_reason", "boxes", "view"}
+_BESIDE = {"aliases", "paper", "licence", "source", "sharing_reason", "cache_reason", "boxes", "view", "limit_pixels"}
 
 
 def proved() -> dict[str, dict[str, Any]]:

@@ -94,16 +94,21 @@ def build_command(
     """
     if args.max_pixels is not None:
         raise ConfigError("vLLM cannot refuse images by their size; leave out max_pixels, or use engine vlmtune.")
+    if model_args.image_max_pixels is not None:
+        raise ConfigError(
+            "vLLM resizes images as the model's own processor says; leave out image_max_pixels, or use engine vlmtune."
+        )
     if args.port == 0:
         raise ConfigError("vLLM cannot choose a port itself; set port.")
     base, adapter = model_args.model_name_or_path, adapter_args.adapter
     if is_adapter_dir(base):
         base, adapter = adapter_base(base), base
-    processor = load_processor(adapter or base)
-    family = get_family(load_config(base, revision=model_args.model_revision), model_args.model_type)
+    revision = model_args.model_revision
+    processor = load_processor(adapter) if adapter else load_processor(base, revision=revision)
+    family = get_family(load_config(base, revision=revision), model_args.model_type)
     command = ["serve", base, "--host", args.host, "--port", str(args.port)]
-    if model_args.model_revision:
-        command += ["--revision", model_args.model_revision]
+    if revision:
+        command += ["--revision", revision]
     if model_args.trust_remote_code:
         command.append("--trust-remote-code")
     if model_args.torch_dtype != "auto":
@@ -119,6 +124,12 @@ def build_command(
             raise AdapterError(
                 f"vLLM would not apply all of the adapter {adapter}: {'; '.join(problems)}. Merge it by vlmtune merge "
                 "and serve the merged model, or use engine vlmtune."
+            )
+        own, of_base = (p.image_processor.to_dict() for p in (processor, load_processor(base, revision=revision)))
+        if own != of_base:
+            raise AdapterError(
+                f"The adapter {adapter} takes images at another size than its base (image_max_pixels), and vLLM would "
+                "take the base's. Merge it by vlmtune merge and serve the merged model, or use engine vlmtune."
             )
         rank = next((rank for rank in RANKS if rank >= adapter_rank(adapter)), None)
         if rank is None:

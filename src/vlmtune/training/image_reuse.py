@@ -33,7 +33,7 @@ from vlmtune.models.features import (
     image_features,
     missing,
 )
-from vlmtune.models.loading import load_model_for_training, load_processor
+from vlmtune.models.loading import load_config, load_model_for_training, load_processor
 from vlmtune.models.provenance import base_model
 
 logger = logging.getLogger("vlmtune.training")
@@ -256,17 +256,22 @@ def cache_ahead(
         )
     train, evaluation = load_train_and_eval(data_args)
     sets = [with_image_keys(data.dataset) for data in (train, evaluation) if data is not None]
+    name = model_args.model_name_or_path
+    origin: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    get_family(load_config(name, **origin))
+    processor = load_processor(name, **origin, image_max_pixels=model_args.image_max_pixels)
     model = load_model_for_training(
-        model_args.model_name_or_path,
+        name,
         torch_dtype=model_args.torch_dtype,
         attn_implementation=model_args.attn_implementation,
-        revision=model_args.model_revision,
-        trust_remote_code=model_args.trust_remote_code,
+        **origin,
     )
     model.requires_grad_(False)
     if torch.cuda.is_available():
         model.to("cuda")
-    processor = load_processor(model_args.model_name_or_path, revision=model_args.model_revision)
     family = get_family(model)
     cache = open_feature_cache(model, family, processor, data_args)
     if cache is None:

@@ -36,6 +36,7 @@ def run_estimator(model_args: ModelWithLoRAArguments, training_args: Any, *, her
         torch.float16 if training_args.fp16 else torch.bfloat16 if mixed else None,
         "cpu" if here and not torch.cuda.is_available() else "cuda",
         {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code},
+        model_args.image_max_pixels,
     )
     get_family(estimator.family, model_args.model_type)
     return estimator

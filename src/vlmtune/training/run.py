@@ -189,7 +189,8 @@ def _family_and_processor(model_args: ModelWithLoRAArguments, args: TrainingArgu
     if args.fp16:
         require_dtype(family, torch.float16)
     require_trained(model_args, args)
-    return family, load_processor(model_args.model_name_or_path, **origin)
+    processor = load_processor(model_args.model_name_or_path, **origin, image_max_pixels=model_args.image_max_pixels)
+    return family, processor
 
 
 def _origin(model_args: ModelWithLoRAArguments) -> dict[str, Any]:

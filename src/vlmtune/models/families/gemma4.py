@@ -6,7 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vlmtune.models.boxes import json_codec
-from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size, require_pixels
+
+# Tokens of an image among which a processor's `max_soft_tokens` chooses.
+BUDGETS = (70, 140, 280, 560, 1120)
 
 
 def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
@@ -26,6 +29,20 @@ def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
         )
         counts.append((height // images.patch_size) * (width // images.patch_size) // pooled**2)
     return {"num_soft_tokens_per_image": counts}
+
+
+def limit_pixels(processor: Any, pixels: int) -> None:
+    """The largest budget of tokens whose pixels are no more.
+
+    Raises:
+        ValueError: fewer pixels than the smallest budget's.
+    """
+    images = processor.image_processor
+    pixels_of_token = (images.pooling_kernel_size * images.patch_size) ** 2
+    require_pixels(pixels, BUDGETS[0] * pixels_of_token)
+    images.max_soft_tokens = max(
+        budget for budget in BUDGETS if budget * pixels_of_token <= pixels and budget <= images.max_soft_tokens
+    )
 
 
 def block_layers(config: Any) -> Collection[str]:
@@ -74,6 +91,7 @@ GEMMA4 = Family(
     image_inputs=("pixel_values", "image_position_ids"),
     sized=True,
     layout=layout,
+    limit_pixels=limit_pixels,
     unused=unused,
     # The audio tower has eager attention only.
     attn_implementation=None,

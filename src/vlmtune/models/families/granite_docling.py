@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size, fewer_tiles
 
 
 def image_options(processor: Any) -> Mapping[str, Any]:
@@ -59,6 +59,7 @@ GRANITE_DOCLING = Family(
     image_options=image_options,
     sized=True,
     layout=layout,
+    limit_pixels=fewer_tiles,
     unused=unused,
     logit_scale=logit_scale,
     sharing=True,

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size, require_pixels
 
 
 def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
     """An image is cut into rows and columns of tiles, by its size; a small one is not cut."""
     grids = [processor.image_processor.get_number_of_image_patches(*size)[1:] for size in sizes]
     return {"rows": [[rows for rows, _ in grids]], "cols": [[columns for _, columns in grids]]}
+
+
+def limit_pixels(processor: Any, pixels: int) -> None:
+    """The longest edge is as many tiles as a square of so many pixels has; the whole image comes beside them.
+
+    Raises:
+        ValueError: fewer pixels than one tile.
+    """
+    images = processor.image_processor
+    tile = images.max_image_size["longest_edge"]
+    require_pixels(pixels, tile**2)
+    images.size = {"longest_edge": min(images.size["longest_edge"], math.isqrt(pixels) // tile * tile)}
 
 
 IDEFICS3 = Family(
@@ -43,6 +56,7 @@ IDEFICS3 = Family(
     image_axis=1,
     sized=True,
     layout=layout,
+    limit_pixels=limit_pixels,
     sharing=True,
     feature_cache=True,
     features_listed=True,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmtune.models.boxes import BoxCodec, read_lists, write_ref_box
-from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size, fewer_tiles
 
 
 def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
@@ -41,6 +41,7 @@ INTERNVL = Family(
     needs_token_type_ids=False,
     sized=True,
     layout=layout,
+    limit_pixels=fewer_tiles,
     sharing=True,
     feature_cache=True,
     boxes=BoxCodec(

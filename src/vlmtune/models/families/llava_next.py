@@ -20,6 +20,15 @@ def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
     return {"image_sizes": [list(size) for size in sizes], "pixel_values": [[tile]] * len(sizes)}
 
 
+def limit_pixels(processor: Any, pixels: int) -> None:
+    """Refuse.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("the grids of its tiles stand in the model's configuration too, which an adapter does not carry")
+
+
 LLAVA_NEXT = dataclasses.replace(
     LLAVA,
     name="llava_next",
@@ -33,6 +42,7 @@ LLAVA_NEXT = dataclasses.replace(
     # Beside the tiles it sees the whole image.
     view=whole,
     layout=layout,
+    limit_pixels=limit_pixels,
     licence="of its language model: Apache-2.0 (Mistral), Llama 2 Community License (Vicuna), Llama 3",
     source="transformers/models/llava_next/modeling_llava_next.py, processing_llava_next.py",
 )

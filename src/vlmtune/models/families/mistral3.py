@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size, require_pixels
 
 
 def _merged_patch(processor: Any) -> int:
@@ -40,6 +41,17 @@ def layout(processor: Any, sizes: Sequence[Size]) -> Mapping[str, Any]:
     return {"image_sizes": resized}
 
 
+def limit_pixels(processor: Any, pixels: int) -> None:
+    """The longest edge is that of a square of so many pixels, in whole merged patches.
+
+    Raises:
+        ValueError: fewer pixels than the smallest square that the model takes.
+    """
+    images, patch = processor.image_processor, _merged_patch(processor)
+    require_pixels(pixels, (2 * patch) ** 2)
+    images.size = {"longest_edge": min(images.size["longest_edge"], math.isqrt(pixels) // patch * patch)}
+
+
 MISTRAL3 = Family(
     name="mistral3",
     aliases=("mistral-small-3.1", "pixtral"),
@@ -68,6 +80,7 @@ MISTRAL3 = Family(
     image_options=image_options,
     sized=True,
     layout=layout,
+    limit_pixels=limit_pixels,
     sharing=True,
     feature_cache=True,
     features_listed=True,

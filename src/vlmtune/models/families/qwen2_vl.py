@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmtune.models.boxes import BoxCodec, View, json_codec, read_pairs, whole, write_pairs
-from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size
+from vlmtune.models.family import ATTENTION_AND_MLP, Family, Size, require_pixels
 
 # Of Qwen3-VL's and Qwen2.5-VL's cookbooks on grounding.
 ASKS = {
@@ -44,6 +44,17 @@ def view(processor: Any, size: Size) -> View:
     """The whole image, in pixels of what the model sees of it."""
     height, width = resized(processor, size)
     return dataclasses.replace(whole(processor, size), seen=(width, height))
+
+
+def limit_pixels(processor: Any, pixels: int) -> None:
+    """Its ``size`` counts pixels: ``longest_edge`` is the most of them and ``shortest_edge`` the least.
+
+    Raises:
+        ValueError: fewer pixels than one token's.
+    """
+    images = processor.image_processor
+    require_pixels(pixels, (images.patch_size * images.merge_size) ** 2)
+    images.size = {name: min(images.size[name], pixels) for name in ("shortest_edge", "longest_edge")}
 
 
 def positions_of(processor: Any, image_flags: Sequence[int], inputs: Mapping[str, Any]) -> list[list[int]]:
@@ -100,6 +111,7 @@ QWEN2_VL = Family(
     image_inputs=("pixel_values", "image_grid_thw"),
     sized=True,
     layout=layout,
+    limit_pixels=limit_pixels,
     positions_of=positions_of,
     sharing=True,
     feature_cache=True,
