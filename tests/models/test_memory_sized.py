@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import warnings
 from dataclasses import replace
 
@@ -123,16 +124,39 @@ def test_a_family_that_is_not_estimated(family_dir) -> None:
         estimate(["--model_name_or_path", str(family_dir("gemma4_large"))])
 
 
-def test_smaller_images_where_nothing_else_is_enough(family_dir, monkeypatch) -> None:
+@pytest.mark.parametrize(("name", "size"), [("qwen3_vl", None), ("idefics3", None), ("idefics3", (400, 100))])
+def test_fewer_pixels_where_nothing_else_is_enough(name, size, family_dir, monkeypatch) -> None:
+    """What the estimate names fits when it is applied, and no larger limit of those that are tried does."""
     monkeypatch.setattr(memory_report, "GB", 10**6)
-    folder, form = family_dir("qwen3_vl"), Batch(2, size=(32, 40))
-    estimator = MemoryEstimator(folder, chunked_cross_entropy, KINDS["everything in full"], "float32", None, "cpu")
-    least = Settings(replace(form, samples=1), accumulation=2, checkpointing=True)
-    small = replace(least, batch=replace(least.batch, size=(16, 20)))
-    most, less = (estimator.estimate(settings).total / 10**6 for settings in (least, small))
-    assert less < most
-    found = changes(estimator, Settings(form), (less + 1e-4) / 0.95)
-    assert found[0].options.endswith("activation_checkpointing: true, images made smaller, to 20 x 16 pixels")
-    assert all(change.total <= less * 10**6 + 100 for change in found)
-    assert "images made" not in str(changes(estimator, Settings(form), (most + 1e-4) / 0.95))
-    assert "checkpointing and a sixteenth of the pixels" in format_changes(estimator, Settings(form), 1e-3)
+    folder = family_dir(name)
+
+    def settings(estimator, **options):
+        form = size or largest_size(estimator.processor, estimator.family)
+        return Settings(Batch(2, size=form), largest_images=size is None, **options)
+
+    def estimator(pixels=None):
+        kind = KINDS["everything in full"]
+        return MemoryEstimator(folder, chunked_cross_entropy, kind, "float32", None, "cpu", image_max_pixels=pixels)
+
+    def least(pixels):
+        limited = estimator(pixels)
+        few = settings(limited, accumulation=2, checkpointing=True)
+        return limited.estimate(replace(few, batch=replace(few.batch, samples=1))).total / 10**6
+
+    plain = estimator()
+    allowed = least(2**10)
+    found = changes(plain, settings(plain), (allowed + 1e-4) / 0.95)
+    *_, last, pixels = found[0].options.replace(": ", ", ").split(", ")
+    assert last == "image_max_pixels"
+    limit = int(pixels)
+    assert least(limit) == pytest.approx(found[0].total / 10**6) and least(limit) <= allowed + 1e-4 < least(2 * limit)
+    assert "image_max_pixels" not in str(changes(plain, settings(plain), (least(None) + 1e-4) / 0.95))
+    assert re.search(r"checkpointing and image_max_pixels: (1024|2048)\.", format_changes(plain, settings(plain), 1e-3))
+
+
+def test_the_command_with_fewer_pixels(family_dir, capsys) -> None:
+    folder = str(family_dir("qwen3_vl"))
+    assert estimate(["--model_name_or_path", folder, "--image_max_pixels", "600"]) == 0
+    assert re.search(r"\b9 tokens a sample, of which", capsys.readouterr().out)
+    with pytest.raises(ConfigError, match="image_max_pixels 600 cannot be used with gemma3: it sees every image"):
+        estimate(["--model_name_or_path", str(family_dir("gemma3")), "--image_max_pixels", "600"])

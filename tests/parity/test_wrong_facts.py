@@ -14,6 +14,7 @@ from families.builders import VARIANTS
 from invariants import test_sharing as sharing
 from models import test_boxes as boxes
 from models import test_families as records
+from models import test_image_max_pixels as pixels
 from parity.families import test_logits as logits
 from parity.families import test_saving as saving
 from parity.families import test_tokens as tokens
@@ -168,6 +169,9 @@ class Check:
         boxes.test_what_a_family_writes(lambda name: self.processor, self.family.name)
         boxes.test_every_family_says_where_its_convention_is_from()
 
+    def limited(self) -> None:
+        pixels.limits_or_refuses(self.family, lambda: load_processor(self.folder))
+
     def cached(self) -> None:
         with sharing.in_float64(self.family, self.folder) as model:
             args = (model, self.processor, self.image_folder, self.family, self.tmp_path)
@@ -180,6 +184,10 @@ def _one_axis(processor, flags, inputs):
 
 def _upper_half(processor, size):
     return dataclasses.replace(whole(processor, size), height=size[0] // 2)
+
+
+def _no_limit(processor, pixels):
+    """Neither refuses nor changes the processor."""
 
 
 def _other(values: list[str], value: str) -> str:
@@ -229,6 +237,7 @@ def _of_every_family(family) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"unused": lambda config: (family.parts["language"],)}, "targets"
     yield {"attn_implementation": "none"}, "parts"
     yield {"view": _upper_half}, "written"
+    yield {"limit_pixels": _no_limit}, "limited"
     wrong_boxes = {"y_first": not family.boxes.y_first, "scale": 77, "digits": family.boxes.digits + 1, "source": ""}
     for name, value in (wrong_boxes | {"write": lambda found, task: str(found)}).items():
         yield {"boxes": dataclasses.replace(family.boxes, **{name: value})}, "written"

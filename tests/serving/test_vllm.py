@@ -15,7 +15,7 @@ from vlmtune.config import AdapterArguments, BaseModelArguments, GenerationArgum
 from vlmtune.config.serving import ServeArguments
 from vlmtune.errors import AdapterError, ConfigError
 from vlmtune.models.checkpoint import save_model_and_processor
-from vlmtune.models.loading import load_model_for_training
+from vlmtune.models.loading import load_model_for_training, load_processor
 from vlmtune.models.lora import setup_lora
 from vlmtune.serving.vllm import build_command
 
@@ -84,6 +84,16 @@ def test_adapter(tiny_gemma3_dir, processor, tmp_path) -> None:
 def test_what_it_would_apply_in_part(options, words, tiny_gemma3_dir, processor, tmp_path) -> None:
     with pytest.raises(AdapterError, match=words):
         _command(_adapter(tiny_gemma3_dir, processor, tmp_path / "adapter", **options), tmp_path)
+
+
+def test_images_of_another_size_than_the_bases(family_dir, tmp_path) -> None:
+    """vLLM takes the base's processor, which an adapter's own may differ from."""
+    base, adapter = family_dir("qwen3_vl"), tmp_path / "adapter"
+    _adapter(base, load_processor(base), adapter)
+    assert "--enable-lora" in _command(adapter, tmp_path)
+    load_processor(base, image_max_pixels=600).save_pretrained(adapter)
+    with pytest.raises(AdapterError, match=r"at another size than its base \(image_max_pixels\)"):
+        _command(adapter, tmp_path)
 
 
 def test_what_it_lacks(tiny_gemma3_dir, tmp_path) -> None:

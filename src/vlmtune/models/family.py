@@ -81,7 +81,7 @@ def fixed_size(processor: Any, pixels: int) -> None:
     Raises:
         ValueError: always.
     """
-    raise ValueError("it sees every image at one size")
+    raise ValueError("it sees every image at one size; leave it out")
 
 
 def require_pixels(pixels: int, least: int) -> None:
@@ -91,7 +91,7 @@ def require_pixels(pixels: int, least: int) -> None:
         ValueError: with that image's pixels.
     """
     if pixels < least:
-        raise ValueError(f"its smallest image has {least:,} pixels")
+        raise ValueError(f"its smallest image has {least:,} pixels; set no less, or leave it out")
 
 
 def fewer_tiles(processor: Any, pixels: int) -> None:

@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightRenaming
 from vlmtune.errors import AdapterError, ConfigError, ModelError
 from vlmtune.models.checkpoint import adapter_base, attach_adapter, is_adapter_dir
 from vlmtune.models.families import FAMILIES, get_family
-from vlmtune.models.family import Family, fixed_size
+from vlmtune.models.family import Family
 from vlmtune.models.processors import load_auto_processor
 from vlmtune.models.quantization import get_torch_dtype, require_language_only, unquantised_modules
 
@@ -96,8 +96,7 @@ def limit_pixels(processor: Any, image_max_pixels: int) -> None:
         family.limit_pixels(processor, image_max_pixels)
     except ValueError as error:
         raise ConfigError(
-            f"image_max_pixels {image_max_pixels:,} cannot be used with {family.name}: {error}. Leave it out"
-            f"{', or raise it' if family.limit_pixels is not fixed_size and family.sized else ''}."
+            f"image_max_pixels {image_max_pixels:,} cannot be used with {family.name}: {error}."
         ) from error
 
 

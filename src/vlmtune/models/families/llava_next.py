@@ -26,7 +26,10 @@ def limit_pixels(processor: Any, pixels: int) -> None:
     Raises:
         ValueError: always.
     """
-    raise ValueError("the grids of its tiles stand in the model's configuration too, which an adapter does not carry")
+    raise ValueError(
+        "the grids of its tiles stand in the model's configuration too, which an adapter does not carry; leave it out, "
+        "and make the image files smaller"
+    )
 
 
 LLAVA_NEXT = dataclasses.replace(
