@@ -171,6 +171,7 @@ class Check:
 
     def limited(self) -> None:
         pixels.limits_or_refuses(self.family, lambda: load_processor(self.folder))
+        pixels.test_families_of_one_processor_limit_it_alike()
 
     def cached(self) -> None:
         with sharing.in_float64(self.family, self.folder) as model:
