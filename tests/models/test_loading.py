@@ -260,7 +260,7 @@ class TestInferenceWithAdapter:
             loading, "load_processor", lambda name, **options: asked.update(options) or original(name, **options)
         )
         load_model_for_inference(tiny_gemma3_dir, revision="v1", trust_remote_code=True, device="cpu")
-        assert asked == {"revision": "v1", "trust_remote_code": True}
+        assert asked == {"revision": "v1", "trust_remote_code": True, "image_max_pixels": None}
 
     def test_adapter_twice_is_refused(self, adapter) -> None:
         with pytest.raises(AdapterError, match="is an adapter itself"):
