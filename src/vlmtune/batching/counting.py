@@ -27,6 +27,7 @@ from vlmtune.batching.encode import Encoder
 from vlmtune.batching.shapes import ImagePlace, Shape, find_shape, number_of_texts, probes, with_texts
 from vlmtune.data.boxes import BOXES
 from vlmtune.data.images import upright_size
+from vlmtune.data.pages import batches, number_of_batches
 from vlmtune.data.sample import ROLES, ImageRef, Sample
 from vlmtune.data.store import SCHEMA
 from vlmtune.errors import EncodingError, ImageError
@@ -39,7 +40,6 @@ Filled = tuple[str, int]
 Row = tuple[Shape, Sequence[str], tuple[ImagePlace, ...]]
 
 UNKNOWN = -1
-ROWS_AT_ONCE = 4_000
 # With more shapes than this, finding them out takes longer than it spares.
 MOST_SHAPES = 300
 PIECES_KEPT = 20_000
@@ -77,10 +77,9 @@ class Counter:
         columns = dataset.select_columns(SCHEMA.names)
         if not self.applies or columns.data.schema.field("messages").type != SCHEMA.field("messages").type:
             return counts
-        batches = columns.with_format("arrow").iter(ROWS_AT_ONCE)
-        starts = range(0, len(dataset), ROWS_AT_ONCE)
+        parts = batches(columns, SCHEMA.names)
         with _all_cores():
-            for start, batch in zip(tqdm(starts, desc="Checking texts", leave=False), batches, strict=True):
+            for start, batch in tqdm(parts, desc="Checking texts", total=number_of_batches(columns), leave=False):
                 found = self._count(self._rows(batch.combine_chunks()))
                 counts[start : start + len(batch)] = [row or (UNKNOWN,) * 3 for row in found]
         return counts

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlmtune.data.pages import batches
 from vlmtune.data.sample import ImageRef
 
 COLUMNS = ["id", "images", "messages", "references"]
@@ -22,7 +23,7 @@ ROWS_AT_ONCE = 1_000
 def fingerprint(dataset: datasets.Dataset) -> str:
     """Return a hash of the rows' contents and order (of image names, not pixels), the same on every machine."""
     digest = hashlib.sha256()
-    for batch in dataset.select_columns(COLUMNS).with_format("arrow").iter(ROWS_AT_ONCE):
+    for _, batch in batches(dataset, COLUMNS, ROWS_AT_ONCE):
         for name in COLUMNS:
             column = batch[name].combine_chunks()
             if name == "images":

@@ -20,6 +20,7 @@ import datasets
 
 from vlmtune.data import archives
 from vlmtune.data.images import content_hash
+from vlmtune.data.pages import batches
 from vlmtune.data.sample import ImageRef
 
 logger = logging.getLogger("vlmtune.data")
@@ -135,7 +136,7 @@ def row_hashes(dataset: datasets.Dataset, *, remember: bool = True) -> Iterator[
     """
     found: dict[int, bytes] = {}
     with Hasher(remember=remember) as hasher:
-        for batch in dataset.select_columns(["images"]).with_format("arrow").iter(ROWS_AT_ONCE):
+        for _, batch in batches(dataset, ["images"], ROWS_AT_ONCE):
             rows = [[ImageRef(**image) for image in row] for row in batch["images"].to_pylist()]
             new = _new(rows, found)
             of_batch = dict(zip(new, hasher.hashes(new), strict=True))

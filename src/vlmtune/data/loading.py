@@ -23,6 +23,7 @@ from vlmtune.data.boxes import BOXES, METRICS
 from vlmtune.data.formats import FORMATS, Source
 from vlmtune.data.formats.columns import renaming
 from vlmtune.data.hashes import row_hashes
+from vlmtune.data.pages import batches, number_of_batches
 from vlmtune.data.placing import Placer, absolute
 from vlmtune.data.progress import shows_progress
 from vlmtune.data.quarantine import Quarantine
@@ -35,7 +36,6 @@ from vlmtune.errors import DataError, nearest
 logger = logging.getLogger("vlmtune.data")
 
 PROGRESS_FROM = 5_000
-ROWS_AT_ONCE = 4_000
 
 
 @dataclass(frozen=True)
@@ -277,12 +277,11 @@ def _with_bad_images(
     bad = np.zeros(len(dataset), dtype=bool)
     checked: set[int] = set()
     problems: dict[ImageRef, str] = {}
-    rows = dataset.select_columns(["id", "images"]).with_format("arrow")
-    starts: Iterable[int] = range(0, len(dataset), ROWS_AT_ONCE)
+    parts: Iterable[tuple[int, Any]] = batches(dataset, ["id", "images"])
     if len(dataset) >= PROGRESS_FROM and shows_progress():
-        starts = track(starts, description="Checking images", transient=True, console=Console(stderr=True))
-    for start in starts:
-        batch = rows[start : start + ROWS_AT_ONCE]
+        bar = partial(track, total=number_of_batches(dataset), console=Console(stderr=True))
+        parts = bar(parts, description="Checking images", transient=True)
+    for start, batch in parts:
         refs = [tuple(ImageRef(**image) for image in row) for row in batch["images"].to_pylist()]
         new = [ref for ref in dict.fromkeys(chain.from_iterable(refs)) if hash(ref) not in checked]
         # Of an image that was checked its hash is kept alone: the names of millions of them take gigabytes.

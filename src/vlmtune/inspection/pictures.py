@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import datasets
 
+from vlmtune.data.pages import batches
 from vlmtune.data.sample import ImageRef
-
-# Rows with their images' bytes.
-ROWS_AT_ONCE = 128
 
 
 class Pictures:
@@ -62,7 +60,6 @@ class Pictures:
 
 
 def _images(dataset: datasets.Dataset) -> Iterator[list[ImageRef]]:
-    rows = dataset.select_columns(["images"]).with_format("arrow")
-    for start in range(0, len(dataset), ROWS_AT_ONCE):
-        for row in rows[start : start + ROWS_AT_ONCE]["images"].to_pylist():
+    for _, batch in batches(dataset, ["images"]):
+        for row in batch["images"].to_pylist():
             yield [ImageRef(**image) for image in row]

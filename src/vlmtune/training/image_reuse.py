@@ -18,9 +18,10 @@ from vlmtune.batching.encode import Encoder
 from vlmtune.batching.groups import Ints, Keys, grouped
 from vlmtune.batching.masks import why_not_shared
 from vlmtune.config import ModelWithLoRAArguments, VLMDataArguments
-from vlmtune.data.hashes import ROWS_AT_ONCE, row_hashes
+from vlmtune.data.hashes import row_hashes
 from vlmtune.data.images import content_hash
 from vlmtune.data.loading import load_train_and_eval
+from vlmtune.data.pages import batches
 from vlmtune.data.sample import ImageRef, Sample
 from vlmtune.errors import ConfigError, ImageError
 from vlmtune.models.families import get_family
@@ -205,7 +206,7 @@ def fill_feature_cache(
 def _first_rows(dataset: datasets.Dataset) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield key and images of the first row with each key: most texts have an image that is known already."""
     seen: set[str] = set()
-    for batch in dataset.select_columns(["image_key", "images"]).with_format("arrow").iter(ROWS_AT_ONCE):
+    for _, batch in batches(dataset, ["image_key", "images"]):
         for index, key in enumerate(batch["image_key"].to_pylist()):
             if key not in seen:
                 seen.add(key)
