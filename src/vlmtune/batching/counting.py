@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -40,9 +43,18 @@ Filled = tuple[str, int]
 Row = tuple[Shape, Sequence[str], tuple[ImagePlace, ...]]
 
 UNKNOWN = -1
+ROWS_AT_ONCE = 4_000
 # With more shapes than this, finding them out takes longer than it spares.
 MOST_SHAPES = 300
 PIECES_KEPT = 20_000
+
+
+class _Begun(NamedTuple):
+    """Rows with the pieces of each, the pieces that are being tokenized, and what that gives."""
+
+    filled: list[tuple[Row, list[Filled]] | None]
+    pieces: list[Filled]
+    encodings: Future[list[Any]]
 
 
 class Counter:
@@ -77,12 +89,38 @@ class Counter:
         columns = dataset.select_columns(SCHEMA.names)
         if not self.applies or columns.data.schema.field("messages").type != SCHEMA.field("messages").type:
             return counts
-        parts = batches(columns, SCHEMA.names)
-        with _all_cores():
-            for start, batch in tqdm(parts, desc="Checking texts", total=number_of_batches(columns), leave=False):
-                found = self._count(self._rows(batch.combine_chunks()))
-                counts[start : start + len(batch)] = [row or (UNKNOWN,) * 3 for row in found]
+        parts = batches(columns, SCHEMA.names, ROWS_AT_ONCE)
+        total = number_of_batches(columns, ROWS_AT_ONCE)
+        with _all_cores(), ThreadPoolExecutor(1) as other:
+            begun: deque[tuple[int, _Begun]] = deque()
+            for start, batch in tqdm(parts, desc="Checking texts", total=total, leave=False):
+                begun.append((start, self._begin(self._rows(batch.combine_chunks()), other)))
+                full = len(self._counted) > PIECES_KEPT
+                # One batch is tokenized, which needs no Python, while the next is made ready.
+                while len(begun) > (0 if full else 1):
+                    self._end(counts, *begun.popleft())
+                if full:
+                    self._counted.clear()
+            for one in begun:
+                self._end(counts, *one)
         return counts
+
+    def _begin(self, rows: Iterable[Row | None], other: Executor) -> _Begun:
+        """Fill the shapes with texts, and let another thread tokenize all new pieces at once."""
+        assert self._tokenizer is not None
+        filled = [None if row is None else (row, pieces) if (pieces := _fill(row)) else None for row in rows]
+        new = [piece for one in filled if one for piece in one[1] if piece not in self._counted]
+        pieces = list(dict.fromkeys(new))
+        encode = partial(self._tokenizer.encode_batch, [text for text, _ in pieces], add_special_tokens=False)
+        return _Begun(filled, pieces, other.submit(encode))
+
+    def _end(self, counts: npt.NDArray[np.int64], start: int, begun: _Begun) -> None:
+        found = self._ended(begun)
+        counts[start : start + len(found)] = [row or (UNKNOWN,) * 3 for row in found]
+
+    def _ended(self, begun: _Begun) -> list[Counts | None]:
+        self._keep(begun.pieces, begun.encodings.result())
+        return [one and self._sum(*one) for one in begun.filled]
 
     def _rows(self, batch: pa.Table) -> Iterator[Row | None]:
         sized = self.encoder.family.sized
@@ -108,15 +146,6 @@ class Counter:
     def _holds_control(self, text: str) -> bool:
         return any(token in text for token in self.encoder.control_tokens)
 
-    def _count(self, rows: Iterator[Row | None] | Sequence[Row | None]) -> list[Counts | None]:
-        """Fill the shapes with texts, and tokenize all new pieces at once."""
-        filled = [None if row is None else (row, pieces) if (pieces := _fill(row)) else None for row in rows]
-        if len(self._counted) > PIECES_KEPT:
-            self._counted.clear()
-        new = [piece for one in filled if one for piece in one[1] if piece not in self._counted]
-        self._tokenize(list(dict.fromkeys(new)))
-        return [one and self._sum(*one) for one in filled]
-
     def _sum(self, row: Row, pieces: Sequence[Filled]) -> Counts | None:
         shape, _, images = row
         tokens, supervised, soft = shape.tokens, 0, 0
@@ -129,10 +158,8 @@ class Counter:
             tokens, soft = tokens + image.tokens, soft + image.soft
         return tokens, supervised, soft
 
-    def _tokenize(self, pieces: Sequence[Filled]) -> None:
+    def _keep(self, pieces: Sequence[Filled], encodings: Sequence[Any]) -> None:
         """Count tokens of each piece, and those from its answer on; ``None`` where no token begins there."""
-        assert self._tokenizer is not None
-        encodings = self._tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         for (text, start), encoding in zip(pieces, encodings, strict=True):
             learned: int | None = 0
             if start >= 0:
@@ -191,7 +218,9 @@ class Counter:
         some = range(len(self._probes))
         texts = [[self._probes[(i + j * step) % len(some)] for j in range(count)] for i in some for step in (0, 1)]
         known = [self._encoded(with_texts(sample, of_row)) for of_row in texts]
-        pairs = list(zip(known, self._count([(shape, of_row, places) for of_row in texts]), strict=True))
+        with ThreadPoolExecutor(1) as other:
+            counted = self._ended(self._begin([(shape, of_row, places) for of_row in texts], other))
+        pairs = list(zip(known, counted, strict=True))
         rest = {right[0] - found[0] for right, found in pairs if right and found}
         if len(rest) != 1 or any(right is None or right[1:] != found[1:] for right, found in pairs if found):
             return None
