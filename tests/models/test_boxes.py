@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmtune.batching.encode import Encoder
 from vlmtune.data.boxes import Box, boxes_sample, boxes_text, read_boxes
-from vlmtune.data.sample import ImageRef
+from vlmtune.data.sample import ImageRef, Message
 from vlmtune.errors import EncodingError
 from vlmtune.models.boxes import View, read_json_boxes, read_lists, read_locations, read_pairs, tell, understand
 from vlmtune.models.families import FAMILIES
@@ -214,7 +214,7 @@ def test_boxes_of_another_image_are_refused(processor_of, dog) -> None:
     turned = dataclasses.replace(dog, meta={"boxes": {**dog.meta["boxes"], "size": [400, 200]}})
     with pytest.raises(EncodingError, match=r"of an image of 400 x 200 pixels, but .*dog\.png has 200 x 400"):
         encoder(turned, pixels=False)
-    bare = dataclasses.replace(dog, images=(), messages=(dog.messages[1], dog.messages[1]))
+    bare = dataclasses.replace(dog, images=(), messages=(Message.make("user", "detect dog"), dog.messages[1]))
     with pytest.raises(EncodingError, match="has boxes and 0 images"):
         encoder(bare, pixels=False)
 

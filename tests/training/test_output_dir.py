@@ -62,7 +62,8 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 def finished_checkpoint(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / "trainer_state.json").touch()
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        (folder / name).touch()
     seal(folder)
     return folder
 
