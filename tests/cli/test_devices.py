@@ -86,6 +86,18 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in lines if "loss" in entry]
 
 
+def test_a_command_ends_its_connections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        assert main(["metrics"]) == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_devices_start_as_many_processes_and_say_things_once(tiny_gemma3_dir, data, tmp_path) -> None:
     folder = tmp_path / "run"
     flags = arguments(tiny_gemma3_dir, data, folder, "--devices", "2", "--strategy", "fsdp")

@@ -65,7 +65,7 @@ def test_a_family_that_is_not_taken(model_type, data, tmp_path, capsys) -> None:
 def test_what_cannot_be_described_is_refused_before_training(
     family_dir, data, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(REFUSED, "mllama")
+    monkeypatch.setitem(REFUSED, "mllama", ("", ()))
     assert train(family_dir("mllama"), data, tmp_path / "run") != 0
     shown = capsys.readouterr()
     assert "makes cross_attention_mask of the text and its images together" in shown.out + shown.err

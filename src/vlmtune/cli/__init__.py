@@ -22,7 +22,7 @@ from vlmtune.cli.env import env
 from vlmtune.cli.estimate import estimate
 from vlmtune.cli.evaluate import evaluate
 from vlmtune.cli.families import families
-from vlmtune.cli.launch import leave_reason
+from vlmtune.cli.launch import leave_group, leave_reason
 from vlmtune.cli.merge import merge
 from vlmtune.cli.metrics import metrics
 from vlmtune.cli.predict import predict
@@ -105,8 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"There is no command {arguments[0]!r}.{nearest(arguments[0], COMMANDS)} See vlmtune --help."
             )
         set_up_output()
-        return command(arguments[1:])
+        code = command(arguments[1:])
+        leave_group()
+        return code
     except StoppedBySignal as error:
+        leave_group()
         if not leave_reason(error):
             print(f"stopped: {error}", file=sys.stderr)
         return SAVED_AND_STOPPED

@@ -45,6 +45,17 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+def leave_group() -> None:
+    """End this process's connections to the others, where it has any and its work with them is done.
+
+    Without it the interpreter now and then exits while gloo's thread lets go of the last message's Python objects,
+    and the process is aborted after all its work ("terminate called without an active exception").
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if in_a_group() and distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def on_devices(command: str, argv: list[str], classes: Sequence[type], places: Sequence[str] = ()) -> int | None:
     """Run a command on the devices that its options ask for.
 
