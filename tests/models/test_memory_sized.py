@@ -160,3 +160,16 @@ def test_the_command_with_fewer_pixels(family_dir, capsys) -> None:
     assert re.search(r"\b9 tokens a sample, of which", capsys.readouterr().out)
     with pytest.raises(ConfigError, match="image_max_pixels 600 cannot be used with gemma3: it sees every image"):
         estimate(["--model_name_or_path", str(family_dir("gemma3")), "--image_max_pixels", "600"])
+
+
+@pytest.mark.parametrize("limits", [0, 1, 2, 14])
+def test_the_first_limit_that_fits_takes_few_looks(limits) -> None:
+    for first in range(limits + 1):
+        asked = set()
+
+        def fits(limit: int, first: int = first, asked: set[int] = asked) -> bool:
+            asked.add(limit)
+            return limit >= first
+
+        assert memory_report._first(range(limits), fits) == first
+        assert len(asked) <= min(limits, 3 + 2 * first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlmtune.errors import ConfigError
@@ -47,10 +47,8 @@ def changes(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> l
     if not found:
         bits = 4 if estimator.quantisable else settings.bits
         smaller = _smaller_images(estimator, settings)
-        first = bisect_left(
-            smaller,
-            True,
-            key=lambda less: _one_fits(estimator, replace(less, checkpointing=True, bits=bits), size_gb),
+        first = _first(
+            smaller, lambda less: _one_fits(estimator, replace(less, checkpointing=True, bits=bits), size_gb)
         )
         fitting = (_fitting(estimator, settings, less, size_gb) for less in smaller[first:])
         found = next((changed for changed in fitting if changed), [])
@@ -75,6 +73,19 @@ def _smaller_images(estimator: MemoryEstimator, settings: Settings) -> list[Sett
             found.append(replace(settings, batch=replace(settings.batch, size=size, image_max_pixels=pixels)))
             fewest = tokens
     return found
+
+
+def _first(smaller: Sequence[Settings], fits: Callable[[Settings], bool]) -> int:
+    """The index of the first that fits, or their number: looked for near the largest, where it mostly lies.
+
+    Each look takes a trace, so the smallest is asked first whether there is any.
+    """
+    if not smaller or not fits(smaller[-1]):
+        return len(smaller)
+    known, step = 0, 1
+    while not fits(smaller[step - 1]):
+        known, step = step, min(step * 2, len(smaller))
+    return bisect_left(smaller, True, known, step - 1, key=fits)
 
 
 def _one_fits(estimator: MemoryEstimator, settings: Settings, size_gb: float) -> bool:

@@ -119,7 +119,7 @@ class CountingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _ATEN._to_copy.default and not args[0].is_meta and not args[0].is_floating_point():
             # Counts and places keep their values.
             kwargs = {**kwargs, "device": None}
-        made = _unequal(args[0]) if func is _ATEN.eq.Scalar else _elementwise(args) if func in ELEMENTWISE else None
+        made = None if kwargs else _formed(func, args)
         if func is _ATEN.add.Tensor and made is not None and made.shape == self._embedding:
             # The gradients of an embedding and of the head tied to it: autograd adds them in place, but not under a
             # dispatch mode.
@@ -175,19 +175,48 @@ def _numbered(args: Sequence[Any]) -> Sequence[Any]:
     return (args[0], index, *args[2:])
 
 
-def _elementwise(args: Sequence[Any]) -> Tensor | None:
-    """Return the empty result of an elementwise operation, or ``None`` for PyTorch to find its form.
+def _formed(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """Return an operation's result without values, or ``None`` for PyTorch to find its form.
 
     PyTorch does so in Python for meta tensors, which is most of what an estimate would take.
     """
+    if func is _ATEN.eq.Scalar:
+        return _unequal(args[0])
+    if func in ELEMENTWISE:
+        return _elementwise(args)
+    if func is _ATEN.addmm.default:
+        return torch.empty(args[1].shape[0], args[2].shape[1], dtype=args[1].dtype, device="meta")
+    if func is _ATEN.mean.dim and args[1:] == ([-1], True) and args[0].is_contiguous():
+        return torch.empty(*args[0].shape[:-1], 1, dtype=args[0].dtype, device="meta")
+    return _joined(*args) if func is _ATEN.cat.default else None
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    """The result of ``torch.cat``."""
+    first = tensors[0]
+    plain = (t.is_meta and t.dtype == first.dtype and t.dim() == first.dim() and t.stride(-1) == 1 for t in tensors)
+    if not all(plain):
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _elementwise(args: Sequence[Any]) -> Tensor | None:
+    """The result of an elementwise operation."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     first = max(tensors, key=Tensor.numel)
     if len(tensors) > 2 or not all(t.is_floating_point() and _fits(t.shape, first.shape) for t in tensors):
         return None
-    if not (first.is_contiguous() or (first.dim() > 2 and first.transpose(1, 2).is_contiguous())):
+    if 0 in first.stride():
         return None
     dtype = torch.result_type(tensors[0], tensors[-1])
-    return torch.empty_strided(first.shape, first.stride(), dtype=dtype, device="meta")
+    # Dense, with the axes in the order in which they lie in the largest operand.
+    strides, size = [0] * first.dim(), 1
+    for axis in sorted(range(first.dim()), key=lambda axis: (first.stride(axis), -axis)):
+        strides[axis] = size
+        size *= first.shape[axis]
+    return torch.empty_strided(first.shape, strides, dtype=dtype, device="meta")
 
 
 def _fits(shape: torch.Size, into: torch.Size) -> bool:
