@@ -103,6 +103,7 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
         saved = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 3}
         few = {"effective_batch_size": 12, "per_device_train_batch_size": 6 // ranks}
         auto = {"device_batch_size": "auto"}
+        half = {"torch_dtype": "bfloat16", "bf16": True, "max_steps": 4}
         best = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
         made = {
             "gemma3": job("gemma3", "gemma3", data.images, **small, **saved),
@@ -111,6 +112,8 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
             "text_only_rank": job("text_only_rank", "gemma3", data.mixed, **vision),
             "full": job("full", "gemma3", data.images, use_lora=False, max_steps=4, **saved),
             "bf16": job("bf16", "gemma3", data.images, use_lora=False, bf16=True, max_steps=4, **saved),
+            "half": job("half", "gemma3", data.images, use_lora=False, **half, **saved),
+            "half_lora": job("half_lora", "gemma3", data.images, lora_scopes=["language", "vision"], **half),
             "best": job("best", "gemma3", data.images, **small, **saved | best, learning_rate=0.05),
             "quantised": job("quantised", "gemma3", data.images, use_4bit=True, max_steps=2),
             "paligemma": job("paligemma", "paligemma", data.images, max_steps=3),
@@ -124,9 +127,12 @@ def jobs(data, family_dir, tmp_path_factory) -> Callable[[str, int, str], Jobs]:
 
 # With DeepSpeed, 4-bit weights are refused.
 JOBS = {
-    "ddp": ("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "auto", "few", "full", "quantised"),
-    "fsdp": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best", "quantised"),
-    "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "bf16", "best"),
+    "ddp": (
+        *("gemma3", "llava", "qwen2_vl", "paligemma", "text_only_rank", "auto", "few", "full", "quantised"),
+        *("half", "half_lora"),
+    ),
+    "fsdp": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "best", "quantised", "half", "half_lora"),
+    "zero2": ("gemma3", "llava", "qwen2_vl", "text_only_rank", "full", "bf16", "best", "half"),
     "zero3": ("gemma3", "text_only_rank", "full", "best"),
 }
 ZERO_GOES_ON = (
@@ -163,7 +169,7 @@ def two(jobs, tmp_path_factory) -> Outcomes:
 def one(jobs, two, tmp_path_factory) -> Outcomes:
     """The outcome of a job in one process; ``fsdp/full`` gone on from what two ranks with FSDP2 left."""
     made = jobs("one", 1)
-    for name, step in (("ddp/gemma3", 3), ("fsdp/gemma3", 3), ("fsdp/full", 3)):
+    for name, step in (("ddp/gemma3", 3), ("fsdp/gemma3", 3), ("fsdp/full", 3), ("fsdp/half", 3)):
         made[name] = resumed(made, name.partition("/")[2], two(name).folder / f"checkpoint-{step}")
     launch(1, list(made.values()), tmp_path_factory.mktemp("one_jobs"))
     return lambda name: outcome(made[name]["job"])

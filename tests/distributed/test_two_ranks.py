@@ -189,6 +189,54 @@ def test_weights_of_16_bits_are_saved_and_gone_on_with_in_32(zero) -> None:
     assert_same_weights(rest, whole, 3e-5)
 
 
+def assert_trained_in_32_bits(run) -> None:
+    """The checkpoint has what 16 bits cannot hold, and the finished model the 16 bits in which it was loaded."""
+    held = load_file(run.folder / "checkpoint-4" / "model.safetensors")
+    trained = [name for name, tensor in held.items() if tensor.dtype == torch.float32 and tensor.dim() > 1]
+    assert len(trained) >= 30
+    assert any((held[name] != held[name].bfloat16()).any() for name in trained)
+    for name, tensor in run.weights.items():
+        torch.testing.assert_close(tensor, held[name].bfloat16(), rtol=0, atol=0)
+    assert json.loads((run.folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def assert_same_in_16_bits(found, expected) -> None:
+    """Sums of bfloat16 numbers keep three digits."""
+    assert losses(found) == pytest.approx(losses(expected), rel=5e-3)
+    assert {name: tensor.dtype for name, tensor in found.weights.items()} == {
+        name: tensor.dtype for name, tensor in expected.weights.items()
+    }
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_weights_of_16_bits(strategy, one, two) -> None:
+    found = two(f"{strategy}/half")
+    assert_trained_in_32_bits(found)
+    assert_same_in_16_bits(found, one("half"))
+    assert_same_in_16_bits(two(f"{strategy}/half_lora"), one("half_lora"))
+
+
+def test_weights_of_16_bits_shared_out_and_gone_on_with_in_one_process(one, two) -> None:
+    rest, whole = one("fsdp/half"), two("fsdp/half")
+    assert_trained_in_32_bits(rest)
+    assert_same_in_16_bits(rest, whole)
+    # The step after the checkpoint adds to the same 32 bits: but for rounded gradients both take the same way.
+    ends, start = [], load_file(whole.folder / "checkpoint-3" / "model.safetensors")
+    for run in (rest, whole):
+        held = load_file(run.folder / "checkpoint-4" / "model.safetensors")
+        ends.append({name: held[name] - tensor for name, tensor in start.items() if tensor.dtype == torch.float32})
+    way = sum(float(tensor.abs().sum()) for tensor in ends[1].values())
+    apart = sum(float((ends[0][name] - tensor).abs().sum()) for name, tensor in ends[1].items())
+    assert apart < 0.1 * way
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_weights_of_16_bits_with_zero(one, zero) -> None:
+    assert_trained_in_32_bits(zero("zero2/half"))
+    assert_same_in_16_bits(zero("zero2/half"), one("half"))
+
+
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])

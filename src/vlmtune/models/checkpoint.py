@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from vlmtune.models.adapter_files import (
     read_weights,
 )
 from vlmtune.models.lora_init import resume_from_plain, save_as_plain, start_of
+from vlmtune.models.precision import lowered
 from vlmtune.models.provenance import base_fingerprint, base_model, quantization_record, versions
 
 
@@ -32,6 +34,7 @@ def save_model_and_processor(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     fingerprint: str | None = None,
+    formats: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write a full model, or the adapter of an adapted one, always with processor and chat template.
 
@@ -41,6 +44,7 @@ def save_model_and_processor(
         output_dir: folder; made when absent.
         state_dict: the tensors, where sharded training has gathered them already.
         fingerprint: of the base weights, where they are sharded and cannot be read here.
+        formats: number formats that tensors of a full model are rounded to, by name.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,10 +55,16 @@ def save_model_and_processor(
     else:
         text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         cached = text_config.use_cache
+        if formats:
+            state_dict = lowered(model.state_dict(keep_vars=True) if state_dict is None else state_dict, formats)
         # Training turns the cache off; whoever loads the model generates with it.
         text_config.use_cache = True
         try:
             model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+            if formats:
+                # It has written the format of the weights as they are.
+                model.config.dtype = next(iter(formats.values()))
+                model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         finally:
             text_config.use_cache = cached
     processor.save_pretrained(folder)
@@ -170,7 +180,9 @@ def load_full_weights(
     Raises:
         ResumeError: a tensor is missing, left over, or of another shape.
     """
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    # Trained weights may have more bits than frozen ones.
+    floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = max(floating, key=lambda parameter: parameter.itemsize).dtype
     try:
         loaded, info = type(model).from_pretrained(  # type: ignore[attr-defined]
             str(folder), config=model.config, dtype=dtype, use_safetensors=True, output_loading_info=True

@@ -26,6 +26,7 @@ from vlmtune.models.lora import prepare_full_finetuning, setup_lora
 from vlmtune.models.memory_autocast import MetaAutocast
 from vlmtune.models.memory_images import image_inputs
 from vlmtune.models.memory_trace import Batch, Loss, StepMemory, trace_step
+from vlmtune.models.precision import raise_trained
 from vlmtune.models.quantization import get_torch_dtype
 from vlmtune.models.sizing import count_parameters
 
@@ -276,6 +277,8 @@ class MemoryEstimator:
         inside = self.family.parts["language"] + "."
         linear = [m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)]
         adapted = self.adapt(model)
+        if self.autocast is not None:
+            raise_trained(adapted)
         return _Small(
             adapted,
             count_parameters(adapted),
@@ -296,9 +299,12 @@ class MemoryEstimator:
     def _divide(self, settings: Settings, weights: int, gradients: int, optimizer: int) -> _Shared:
         devices, strategy = settings.devices, settings.strategy
         if strategy.startswith("zero"):
-            # DeepSpeed keeps float32 copies of the trained weights beside Adam's two numbers.
+            # DeepSpeed keeps float32 copies of the trained weights beside Adam's two numbers, and itself the format in
+            # which it computes.
             trainable = self._grow([small.parts["all"]["trainable"] for small in self.small])
             optimizer = trainable * 12
+            computed = trainable * (self.autocast or self.number_format).itemsize
+            weights, gradients = weights - gradients + computed, computed
         if devices == 1:
             return _Shared(weights, gradients, optimizer, 0)
         if strategy == "ddp":
@@ -307,9 +313,9 @@ class MemoryEstimator:
         own_gradients = gradients if strategy == "zero1" else gradients // devices
         if strategy in ("zero1", "zero2"):
             return _Shared(weights, own_gradients, optimizer // devices, 0)
-        one, two = self.small[0].parts["all"]["bytes"], self.small[1].parts["all"]["bytes"]
-        # The layer that computes, and the next, are gathered.
-        layer = (one - two) // self.steps[0]
+        one, two = self.small[0].parts["all"]["total"], self.small[1].parts["all"]["total"]
+        # The layer that computes, and the next, are gathered, in the format in which they compute.
+        layer = (one - two) // self.steps[0] * self.number_format.itemsize
         return _Shared(weights // devices, own_gradients, optimizer // devices, 2 * layer)
 
 

@@ -7,6 +7,7 @@ longest, and those with the most images. Where it takes more than there is, the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import threading
@@ -63,6 +64,7 @@ class DeviceBatch:
                 "device_batch_size: auto works on one device and under DDP. Where weights are sharded, set "
                 "per_device_train_batch_size by what vlmtune estimate says, and leave device_batch_size out."
             )
+        trainer.keep_trained_precise()
         per_device = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sizes = [size for size in range(per_device, 0, -1) if per_device % size == 0]
         weights = count_parameters(trainer.model)["all"]["bytes"]
@@ -236,6 +238,9 @@ def peak(device: torch.device) -> Iterator[list[int]]:
         yield found
         found[0] = torch.cuda.max_memory_allocated(device) - before
         return
+    # What was freed and kept by the C library (glibc) would be taken again unseen.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     process, ended = psutil.Process(), threading.Event()
     before = process.memory_info().rss
 

@@ -24,6 +24,7 @@ from vlmtune.config import ModelWithLoRAArguments, TrainingArguments
 from vlmtune.errors import ConfigError
 from vlmtune.models.checkpoint import load_adapter, load_full_weights
 from vlmtune.models.families import get_family
+from vlmtune.models.precision import raise_trained, short_formats
 from vlmtune.models.provenance import base_model
 from vlmtune.training.optimizer_files import (
     SCHEDULER,
@@ -162,9 +163,25 @@ class ShardingTrainer(Trainer):
 
     Attributes:
         trained_groups: the optimizer's ``param_groups``, as they were before DeepSpeed put flat pieces in their place.
+        loaded_formats: number formats in which weights trained in mixed precision were loaded, where they had 16 bits.
     """
 
     trained_groups: list[dict[str, Any]]
+    loaded_formats: dict[str, torch.dtype]
+
+    def keep_trained_precise(self) -> None:
+        """Keep trained weights in float32 where the run computes in fewer bits; accelerate and DeepSpeed do so too."""
+        formats = short_formats(self.model)
+        if not formats or self.shares_out:
+            return
+        if self.accelerator.mixed_precision != "no":
+            raise_trained(self.model)
+            return
+        logger.warning(
+            "trained weights are in %s, where steps smaller than a weight's last bit are lost: set bf16: true, which "
+            "keeps them in float32 and computes in bfloat16, or torch_dtype: float32",
+            str(next(iter(formats.values()))).removeprefix("torch."),
+        )
 
     @property
     def shares_out(self) -> bool:
@@ -230,12 +247,14 @@ class ShardingTrainer(Trainer):
             (load_adapter if adapted else load_full_weights)(model, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, or of an adapted one the adapter, whole; on all ranks together."""
-        if not self.shares_out:
-            super().save_model(output_dir, _internal_call)
-            return
+        """Save the model, or of an adapted one the adapter, whole; on all ranks together.
+
+        Weights trained in full are rounded to the number format in which they were loaded, as they are in use; those of
+        a checkpoint, which is an internal call, are written as they are trained.
+        """
         adapted = hasattr(self.model, "peft_config")
-        self._save(output_dir, state_dict=gathered_weights(self.model, trained_only=adapted))
+        state = gathered_weights(self.model, trained_only=adapted) if self.shares_out else None
+        self._save(output_dir, state, {} if _internal_call or adapted else self.loaded_formats)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.shares_out:

@@ -21,6 +21,7 @@ from vlmtune.batching.sampler import ImageGroupSampler
 from vlmtune.errors import NonFiniteError, ResumeError, TrainingError
 from vlmtune.models.checkpoint import is_adapter_dir, save_model_and_processor
 from vlmtune.models.families import get_family
+from vlmtune.models.precision import short_formats
 from vlmtune.models.provenance import base_fingerprint, base_model
 from vlmtune.training.answer_pictures import show_answers
 from vlmtune.training.answer_scores import AnswerScorer
@@ -86,6 +87,7 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
         # Taken before weights are sharded: no rank alone can read them later.
         sharded = self.shares_out
         self._fingerprint = base_fingerprint(self.model) if sharded else None
+        self.loaded_formats = {} if self.accelerator.mixed_precision == "no" else short_formats(self.model)
         base = base_model(self.model)
         places = (place for part, place in self.family.parts.items() if part in ("vision", "projector"))
         tower = (base.get_submodule(place) for place in places)
@@ -264,7 +266,12 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self,
+        output_dir: str | None = None,
+        state_dict: dict[str, Any] | None = None,
+        formats: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -274,6 +281,7 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
             folder,
             state_dict=state_dict,
             fingerprint=self._fingerprint,
+            formats=formats,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -297,6 +305,8 @@ class MemoryEfficientTrainer(SteadyTrainer, ShardingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as :meth:`SteadyTrainer.train` does."""
         self.work.restart_clock()
+        # Before a checkpoint's float32 weights are loaded.
+        self.keep_trained_precise()
         try:
             return super().train(*args, **kwargs)
         finally:
