@@ -26,7 +26,9 @@ Row = Mapping[str, Any]
 Counts = npt.NDArray[np.int64]
 
 
-class _Fault(NamedTuple):
+class Fault(NamedTuple):
+    """Why a row cannot be trained on, and whether that is its length."""
+
     reason: str
     too_long: bool
 
@@ -76,9 +78,7 @@ def scan(
     max_bad_fraction: float = 0.01,
     processes: int | None = None,
 ) -> Scan:
-    """Count every row's tokens (images are not decoded) and report what cannot be trained on.
-
-    Many rows are counted by :class:`~vlmtune.batching.counting.Counter`, and encoded where that leaves a doubt.
+    """Count every row's tokens by :func:`count_rows` and report what cannot be trained on.
 
     Rows above ``max_length`` are left out when the encoder's policy is ``drop``, and are an error when it is
     ``error``. Rows that cannot be encoded for another reason are left out up to ``max_bad_fraction`` of all.
@@ -86,7 +86,7 @@ def scan(
     Raises:
         EncodingError: too many rows cannot be encoded; the message names the first of them and says how many.
     """
-    counts, faults = _measured(dataset, encoder, to_sample, processes)
+    counts, faults = count_rows(dataset, encoder, to_sample, processes)
     bad = sorted(faults)
     left_out = [(str(dataset[index]["id"]), faults[index].reason) for index in bad]
     fatal = [faults[index] for index in bad if not faults[index].too_long or encoder.on_too_long != "drop"]
@@ -104,10 +104,25 @@ def scan(
     return Scan(kept, lengths, supervised, left_out, image_tokens)
 
 
-def _measured(
-    dataset: datasets.Dataset, encoder: Encoder, to_sample: Callable[..., Sample], processes: int | None
-) -> tuple[Counts, dict[int, _Fault]]:
-    """Count each row's tokens, supervised tokens and soft tokens, (N, 3), and find what is wrong with the others."""
+def count_rows(
+    dataset: datasets.Dataset,
+    encoder: Encoder,
+    to_sample: Callable[..., Sample] = Sample.from_row,
+    processes: int | None = None,
+) -> tuple[Counts, dict[int, Fault]]:
+    """Count each row's tokens, supervised tokens and soft tokens, and find what is wrong with the others.
+
+    Many rows are counted by :class:`~vlmtune.batching.counting.Counter`, and encoded where that leaves a doubt.
+
+    Args:
+        dataset: rows; no image is decoded.
+        encoder: of the model; a row beyond its limit has a fault.
+        to_sample: makes a sample of a row.
+        processes: worker processes; by default one a CPU core, and none for few rows.
+
+    Returns:
+        Counts (N, 3), nought for a row that has a fault, and the faults by row.
+    """
     counts = np.full((len(dataset), len(_MEASURES)), UNKNOWN, dtype=np.int64)
     if len(dataset) >= COUNTED_FROM and to_sample == Sample.from_row:
         counts = Counter(encoder).count(dataset)
@@ -127,17 +142,17 @@ def _measured(
 
 def _encoded(
     dataset: datasets.Dataset, rows: Counts, encoder: Encoder, to_sample: Callable[..., Sample], processes: int | None
-) -> tuple[Counts, dict[int, _Fault]]:
+) -> tuple[Counts, dict[int, Fault]]:
     chosen = dataset if len(rows) == len(dataset) else dataset.select(rows)
-    table = measure_rows(chosen, partial(_measure, encoder=encoder, to_sample=to_sample), _COLUMNS, processes)
+    table = _measure_rows(chosen, partial(_measure, encoder=encoder, to_sample=to_sample), _COLUMNS, processes)
     reasons, too_long = table["reason"][:], table["too_long"][:]
     faults = {
-        int(row): _Fault(reason, late) for row, reason, late in zip(rows, reasons, too_long, strict=True) if reason
+        int(row): Fault(reason, late) for row, reason, late in zip(rows, reasons, too_long, strict=True) if reason
     }
     return np.stack([np.asarray(table[name], dtype=np.int64) for name in _MEASURES], axis=1), faults
 
 
-def measure_rows(
+def _measure_rows(
     dataset: datasets.Dataset,
     measure: Callable[[Row], dict[str, Any]],
     columns: Mapping[str, str],

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmtune.config import BaseModelArguments, VLMDataArguments
 from vlmtune.data.loading import LoadedData, drawn, load_train_and_eval
-from vlmtune.data.sample import UNNAMED, ImageRef, Sample
+from vlmtune.data.sample import UNNAMED, ImageRef
 from vlmtune.data.shards import first_shard
 from vlmtune.errors import VlmtuneError
 from vlmtune.inspection.duplicates import look_alikes
@@ -88,7 +88,7 @@ def check_data(
     usable = _usable(report, sides, facts, data_args)
     texts = None
     for side in usable:
-        found = read_texts(Sample.from_row(row) for row in side.data.dataset)
+        found = read_texts(side.data.dataset)
         report_texts(report, side.name, found, texts)
         texts = texts or found
         _report_sharing(report, side, facts)

@@ -2,68 +2,111 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from vlmtune.data.sample import Sample
-from vlmtune.inspection.findings import Report, histogram, many
+from vlmtune.inspection.findings import EXAMPLES, Report, histogram, many
 
 SHORT_WORDS = 3
 # From this share of short answers on, the data are questions with short answers.
 MOSTLY = 0.8
 ONE_ANSWER_SHARE = 0.5
 REPEATED_SHARE = 0.1
+# Answers in the chart of the most common.
+CHARTED = 20
+
+_Integers = npt.NDArray[np.int64]
+# Rows as a data set gives them.
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _integers() -> array[int]:
+    return array("q")
 
 
 @dataclass
 class TextFacts:
-    """What was counted over the rows of one side of the data.
+    """What was counted over the rows of one side of the data: numbers and hashes, so that millions of rows fit.
 
     Attributes:
-        rows: number of rows.
+        dataset: the rows, from which the texts of examples are read again.
         words: words of each last answer.
-        answers: normalised last answer -> rows.
-        without_answer: ids of rows whose last turn is no answer.
-        without_image: ids of rows of text alone.
-        marked: ids of rows with ``<image>`` as words of a text.
-        by_question: (image names, prompt) -> (id, answer, references) of each row.
+        answers: hash of each last answer, normalised.
+        answered: the row of each.
+        without_answer: rows whose last turn is no answer.
+        without_image: rows of text alone.
+        marked: rows with ``<image>`` as words of a text.
+        short_rows: rows with answers of a few words.
+        questions: of those, the hash of image names and prompt.
+        references: of those, the hash of all answers named as right.
     """
 
-    rows: int = 0
-    words: list[int] = field(default_factory=list)
-    answers: Counter[str] = field(default_factory=Counter)
-    without_answer: list[str] = field(default_factory=list)
-    without_image: list[str] = field(default_factory=list)
-    marked: list[str] = field(default_factory=list)
-    by_question: dict[int, list[tuple[str, str, int]]] = field(default_factory=lambda: defaultdict(list))
+    dataset: Rows
+    words: array[int] = field(default_factory=_integers)
+    answers: array[int] = field(default_factory=_integers)
+    answered: array[int] = field(default_factory=_integers)
+    without_answer: array[int] = field(default_factory=_integers)
+    without_image: array[int] = field(default_factory=_integers)
+    marked: array[int] = field(default_factory=_integers)
+    short_rows: array[int] = field(default_factory=_integers)
+    questions: array[int] = field(default_factory=_integers)
+    references: array[int] = field(default_factory=_integers)
 
     @property
     def short(self) -> bool:
         """Whether most answers are of a few words."""
-        few = sum(count <= SHORT_WORDS for count in self.words)
-        return bool(self.words) and few >= MOSTLY * len(self.words)
+        return bool(self.words) and len(self.short_rows) >= MOSTLY * len(self.words)
+
+    @cached_property
+    def distinct(self) -> tuple[_Integers, _Integers, _Integers]:
+        """Hash, first place among the answers and count of each distinct answer, the most common first."""
+        values, first, counts = np.unique(np.frombuffer(self.answers, np.int64), return_index=True, return_counts=True)
+        order = np.lexsort((first, -counts))
+        return values[order], first[order], counts[order]
+
+    def answer(self, place: int) -> str:
+        """The answer at a place among the answers, normalised."""
+        return self.answer_of(self.answered[place])
+
+    def answer_of(self, row: int) -> str:
+        """The last answer of a row that has one, normalised."""
+        return normal(Sample.from_row(self.dataset[row]).target or "")
+
+    def names(self, rows: Sequence[int]) -> list[str]:
+        """Ids of the first of some rows."""
+        return [str(self.dataset[row]["id"]) for row in rows[:EXAMPLES]]
 
 
-def read_texts(samples: Iterable[Sample]) -> TextFacts:
-    """Count over samples; only what the counts need is kept."""
-    facts = TextFacts()
-    for sample in samples:
-        facts.rows += 1
+def read_texts(dataset: Rows) -> TextFacts:
+    """Count over rows; of their texts hashes alone are kept."""
+    facts = TextFacts(dataset)
+    for row, values in enumerate(dataset):
+        sample = Sample.from_row(values)
         if not sample.images:
-            facts.without_image.append(sample.id)
+            facts.without_image.append(row)
         if any("<image>" in message.text for message in sample.messages):
-            facts.marked.append(sample.id)
+            facts.marked.append(row)
         if sample.target is None:
-            facts.without_answer.append(sample.id)
+            facts.without_answer.append(row)
             continue
         answer = normal(sample.target)
-        facts.words.append(len(answer.split()))
-        facts.answers[answer] += 1
-        # Captions of an image differ and are each other's references; answers that are not contradict each other.
-        known = frozenset(normal(reference) for reference in sample.references)
-        question = hash((sample.images, sample.prompt))
-        facts.by_question[question].append((sample.id, answer, hash(known)))
+        words = len(answer.split())
+        facts.words.append(words)
+        facts.answers.append(hash(answer))
+        facts.answered.append(row)
+        # Long answers may well be said in several ways.
+        if words <= SHORT_WORDS:
+            facts.short_rows.append(row)
+            facts.questions.append(hash((sample.images, sample.prompt)))
+            # Captions of an image differ and are each other's references; answers that are not contradict each other.
+            facts.references.append(hash(frozenset(normal(reference) for reference in sample.references)))
     return facts
 
 
@@ -82,56 +125,80 @@ def report_texts(report: Report, side: str, facts: TextFacts, against: TextFacts
         against: the training side's, when this is the evaluation's.
     """
     report.histograms[f"Words of an answer, {side}"] = histogram(facts.words)
-    report.add("error" if side == "training" else "note", "no answer", facts.without_answer,
-               f"{many(len(facts.without_answer), f'{side} row ends', f'{side} rows end')} without an answer; there is "
-               "nothing to learn from.",
-               "Give them an answer or leave them out.")  # fmt: skip
-    report.add("note", "no image", facts.without_image,
-               f"{many(len(facts.without_image), f'{side} row is', f'{side} rows are')} text alone.")  # fmt: skip
-    report.add("warning", "image mark in a text", facts.marked,
-               f"{many(len(facts.marked), f'{side} row has', f'{side} rows have')} '<image>' as a word of a text, "
-               "where no image stands.", "Take the words out.")  # fmt: skip
-    contrary = [
-        f"{found[0][0]} and {found[1][0]}: {found[0][1]!r} and {found[1][1]!r}"
-        for asked in facts.by_question.values()
-        if len(found := _contrary(asked)) > 1
-    ]
-    report.add("warning", "contradiction", contrary,
+    count = len(facts.without_answer)
+    report.add("error" if side == "training" else "note", "no answer", facts.names(facts.without_answer),
+               f"{many(count, f'{side} row ends', f'{side} rows end')} without an answer; there is nothing to learn "
+               "from.",
+               "Give them an answer or leave them out.", count=count)  # fmt: skip
+    count = len(facts.without_image)
+    report.add("note", "no image", facts.names(facts.without_image),
+               f"{many(count, f'{side} row is', f'{side} rows are')} text alone.", count=count)  # fmt: skip
+    count = len(facts.marked)
+    report.add("warning", "image mark in a text", facts.names(facts.marked),
+               f"{many(count, f'{side} row has', f'{side} rows have')} '<image>' as a word of a text, "
+               "where no image stands.", "Take the words out.", count=count)  # fmt: skip
+    contrary = _contrary(facts)
+    report.add("warning", "contradiction", [_said(facts, *rows) for rows in contrary[:EXAMPLES]],
                f"{many(len(contrary), 'time', 'times')} the same question about the same image has different answers "
-               f"in the {side} data.", "Keep one answer, or name all of them as references.")  # fmt: skip
-    total = sum(facts.answers.values())
+               f"in the {side} data.", "Keep one answer, or name all of them as references.",
+               count=len(contrary))  # fmt: skip
     if facts.short:
-        common = facts.answers.most_common(20)
-        report.answers = report.answers or common
-        answer, count = common[0]
-        if count > ONE_ANSWER_SHARE * total and total > 1:
-            report.add("warning", "one answer for most", [f"{text!r}: {n:,}" for text, n in common[:5]],
-                       f"{count / total:.0%} of the {side} answers are {answer!r}: a model that always says so "
-                       "scores that much without looking.",
-                       "Balance the answers, or report the score beside this share.", count=count)  # fmt: skip
-        if against is not None:
-            unseen = [text for text in facts.answers if text not in against.answers]
-            rows = sum(facts.answers[text] for text in unseen)
-            report.add("warning", "unseen answers", unseen,
-                       f"{many(rows, 'evaluation row asks', 'evaluation rows ask')} for an answer that training never "
-                       f"shows ({many(len(unseen), 'answer', 'answers')}).",
-                       count=rows)  # fmt: skip
+        _report_answers(report, side, facts, against)
     else:
-        repeated = [(text, n) for text, n in facts.answers.most_common() if n > 1]
-        rows = sum(n - 1 for _, n in repeated)
-        level = "warning" if rows > REPEATED_SHARE * total else "note"
-        report.add(level, "repeated text", [f"{n:,} times: {text[:80]!r}" for text, n in repeated],  # type: ignore[arg-type]
-                   f"{many(rows, f'{side} text repeats', f'{side} texts repeat')} another row's, word for word.",
-                   "Where they say nothing of their image, leave them out." if level == "warning" else "",
+        _report_repeats(report, side, facts)
+
+
+def _report_answers(report: Report, side: str, facts: TextFacts, against: TextFacts | None) -> None:
+    values, first, counts = facts.distinct
+    total = int(counts.sum())
+    common = [(facts.answer(int(place)), int(n)) for place, n in zip(first[:CHARTED], counts[:CHARTED], strict=True)]
+    report.answers = report.answers or common
+    answer, count = common[0]
+    if count > ONE_ANSWER_SHARE * total and total > 1:
+        report.add("warning", "one answer for most", [f"{text!r}: {n:,}" for text, n in common[:5]],
+                   f"{count / total:.0%} of the {side} answers are {answer!r}: a model that always says so "
+                   "scores that much without looking.",
+                   "Balance the answers, or report the score beside this share.", count=count)  # fmt: skip
+    if against is not None:
+        unseen = ~np.isin(values, against.distinct[0])
+        rows, kinds = int(counts[unseen].sum()), int(unseen.sum())
+        report.add("warning", "unseen answers", [facts.answer(int(place)) for place in first[unseen][:EXAMPLES]],
+                   f"{many(rows, 'evaluation row asks', 'evaluation rows ask')} for an answer that training never "
+                   f"shows ({many(kinds, 'answer', 'answers')}).",
                    count=rows)  # fmt: skip
 
 
-def _contrary(asked: list[tuple[str, str, int]]) -> list[tuple[str, str]]:
-    """Rows (id, answer) of one question whose short answers differ; long ones may well be said in several ways."""
-    if len({known for _, _, known in asked}) == 1:
-        return []
-    by_answer: dict[str, str] = {}
-    for name, answer, _ in asked:
-        if len(answer.split()) <= SHORT_WORDS:
-            by_answer.setdefault(answer, name)
-    return [(name, answer) for answer, name in by_answer.items()]
+def _report_repeats(report: Report, side: str, facts: TextFacts) -> None:
+    _, first, counts = facts.distinct
+    rows = int((counts - 1).sum())
+    repeated = zip(first[:EXAMPLES].tolist(), counts[counts > 1][:EXAMPLES].tolist(), strict=False)
+    level = "warning" if rows > REPEATED_SHARE * counts.sum() else "note"
+    report.add(level, "repeated text", [f"{n:,} times: {facts.answer(place)[:80]!r}" for place, n in repeated],  # type: ignore[arg-type]
+               f"{many(rows, f'{side} text repeats', f'{side} texts repeat')} another row's, word for word.",
+               "Where they say nothing of their image, leave them out." if level == "warning" else "",
+               count=rows)  # fmt: skip
+
+
+def _contrary(facts: TextFacts) -> list[tuple[int, int]]:
+    """For each question whose short answers differ without being each other's references: two rows that show it."""
+    questions, references, rows = (
+        np.frombuffer(one, np.int64) for one in (facts.questions, facts.references, facts.short_rows)
+    )
+    order = np.argsort(questions, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(questions[order]) != 0]) if len(order) else np.zeros(0, np.int64)
+    ends = np.r_[starts[1:], len(order)]
+    found = []
+    for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
+        members = order[start:end]
+        if len(np.unique(references[members])) == 1:
+            continue
+        answers = {facts.answer_of(int(row)): int(row) for row in rows[members][::-1]}
+        if len(answers) > 1:
+            one, other, *_ = sorted(answers.values())
+            found.append((one, other))
+    return sorted(found)
+
+
+def _said(facts: TextFacts, one: int, other: int) -> str:
+    names, answers = facts.names([one, other]), [facts.answer_of(row) for row in (one, other)]
+    return f"{names[0]} and {names[1]}: {answers[0]!r} and {answers[1]!r}"

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 
 from vlmtune.batching.encode import Encoder, TooLong
-from vlmtune.batching.scan import measure_rows
+from vlmtune.batching.scan import count_rows
 from vlmtune.batching.sharing import describe_saving
 from vlmtune.data.sample import Sample
 from vlmtune.errors import VlmtuneError
 from vlmtune.inspection.findings import Report, histogram, many
-
-_COLUMNS = {"length": "int64", "image_tokens": "int64", "supervised": "int64", "reason": "string"}
 
 
 @dataclass(frozen=True)
@@ -27,42 +23,28 @@ class TokenFacts:
 
     Attributes:
         lengths: all tokens, image tokens included; 0 where a row cannot be encoded.
-        image_tokens: image tokens.
         supervised: tokens that are learned.
-        reasons: why a row cannot be encoded; empty where it can.
+        image_tokens: image tokens.
+        reasons: why a row cannot be encoded, by its place.
     """
 
     lengths: npt.NDArray[np.int64]
-    image_tokens: npt.NDArray[np.int64]
     supervised: npt.NDArray[np.int64]
-    reasons: list[str]
+    image_tokens: npt.NDArray[np.int64]
+    reasons: dict[int, str]
 
 
 def measure(dataset: datasets.Dataset, encoder: Encoder, *, processes: int | None = None) -> TokenFacts:
-    """Encode every row's text; images are not decoded.
+    """Count every row's tokens, as training does; images are not decoded.
 
     Args:
         dataset: rows in the samples' form.
         encoder: without a length limit.
-        processes: worker processes; by default one a CPU core, and none below 20,000 rows.
+        processes: worker processes; by default one a CPU core, and none for few rows.
     """
-    table = measure_rows(dataset, partial(_measure, encoder=encoder), _COLUMNS, processes)
-    lengths, image_tokens, supervised = (np.asarray(table[name], dtype=np.int64) for name in list(_COLUMNS)[:3])
-    return TokenFacts(lengths, image_tokens, supervised, list(table["reason"]))
-
-
-def _measure(row: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
-    try:
-        encoded = encoder(Sample.from_row(row), pixels=False)
-    except VlmtuneError as error:
-        return {"length": 0, "image_tokens": 0, "supervised": 0, "reason": str(error)}
-    image_tokens = sum(token in encoder.image_token_ids for token in encoded.input_ids)
-    return {
-        "length": len(encoded.input_ids),
-        "image_tokens": image_tokens,
-        "supervised": encoded.n_supervised,
-        "reason": "",
-    }
+    counts, faults = count_rows(dataset, encoder, processes=processes)
+    lengths, supervised, image_tokens = counts.T
+    return TokenFacts(lengths, supervised, image_tokens, {row: fault.reason for row, fault in faults.items()})
 
 
 def report_tokens(
@@ -88,8 +70,7 @@ def report_tokens(
         on_too_long: what the run does above it.
         max_bad_fraction: largest share of rows that may be left out.
     """
-    ids = [str(name) for name in dataset["id"]]
-    bad = [f"{ids[index]}: {reason}" for index, reason in enumerate(facts.reasons) if reason]
+    bad = [f"{dataset[row]['id']}: {reason}" for row, reason in sorted(facts.reasons.items())]
     report.add("error", "cannot be encoded", bad,
                f"{many(len(bad), f'{side} row', f'{side} rows')} cannot become tokens of this model.",
                "Mend or remove them.")  # fmt: skip
@@ -103,9 +84,9 @@ def report_tokens(
     refused = [] if max_length is None else _cut(report, side, dataset, facts, encoder, long, max_length, on_too_long)
     if refused:
         report.refused.append(f"{_rows_are(len(refused), side)} longer than max_length {max_length:,}")
-    if len(bad) > max_bad_fraction * len(ids):
+    if len(bad) > max_bad_fraction * len(dataset):
         report.refused.append(
-            f"{len(bad):,} of {len(ids):,} {side} rows cannot be encoded, more than max_bad_fraction "
+            f"{len(bad):,} of {len(dataset):,} {side} rows cannot be encoded, more than max_bad_fraction "
             f"{max_bad_fraction:g} allows"
         )
     total = int(facts.lengths.sum())
