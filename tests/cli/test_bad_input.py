@@ -82,6 +82,7 @@ def test_a_broken_recipe(tmp_path: Path, refused):
     path = tmp_path / "broken.yaml"
     path.write_text("model_name_or_path: m\nlora_scopes: [language\nlora_r: 4\n")
     assert f"The recipe {path} cannot be read" in refused(2, "train", path)
+    assert f"{tmp_path} is a folder, and a recipe is a YAML file" in refused(2, "evaluate", tmp_path)
     assert "There is no recipe" in refused(2, "train", tmp_path / "nowhere.yaml")
 
 

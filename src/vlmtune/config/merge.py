@@ -40,7 +40,7 @@ class MergeArguments(Checked):
     tolerance: float | None = option(
         None,
         help="Largest drift, as a share of what the adapter changes in the logits; by default 0.01 for a float32 "
-        "model, 0.08 for a 16-bit one, whose rounding alone has some.",
+        "model compared in float32, and 0.08 in 16 bits, whose rounding alone has some.",
     )
 
     check_serving: bool = option(

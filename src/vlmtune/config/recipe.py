@@ -169,6 +169,11 @@ def read_yaml(path: Path) -> dict[str, Raw]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader)
     except FileNotFoundError:
         raise ConfigError(f"There is no recipe {path}. Name a YAML file.") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path} is a folder, and a recipe is a YAML file. Name a model or an adapter by --model_name_or_path, "
+            "data by --dataset_path."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The recipe {path} cannot be read ({error}). Name a YAML file in UTF-8.") from error
     except yaml.YAMLError as error:

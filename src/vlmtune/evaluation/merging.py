@@ -139,7 +139,7 @@ def merge(args: MergeArguments) -> MergeResult:
                 drifts[name] = compare_outputs(outputs, trained, trained_without)
             if way == ways[-1]:
                 gate = "the adapter on the original base" if way == "original" else name
-                exact = way == "original" and merged.dtype in (torch.float32, torch.float64)
+                exact = way == "original" and {merged.dtype, dtype} <= {torch.float32, torch.float64}
                 _require_close(drifts[gate], gate, exact, args.tolerance, adapter)
         _write_record(place, args, str(base), merged, drifts)
         _require_free(output_dir)
@@ -291,8 +291,8 @@ def _require_close(found: Drift, name: str, exact: bool, tolerance: float | None
         raise AdapterError(
             f"The merged model drifts from the adapter {adapter}, so it was not kept: {found.drift:.2%} of what the "
             f"adapter changes (at most {limit:.0%}), measured against {name}. In 16 bits a small change can drown in "
-            "rounding: merge onto a float32 copy of the base, serve the adapter beside it, or set tolerance. Else "
-            "report this with your versions."
+            "rounding: compare in float32 (torch_dtype), merge onto a float32 copy of the base, serve the adapter "
+            "beside it, or set tolerance. Else report this with your versions."
         )
 
 
