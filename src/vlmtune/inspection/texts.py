@@ -43,8 +43,7 @@ class TextFacts:
         without_answer: rows whose last turn is no answer.
         without_image: rows of text alone.
         marked: rows with ``<image>`` as words of a text.
-        short_rows: rows with answers of a few words.
-        questions: of those, the hash of image names and prompt.
+        questions: of the rows with answers of a few words, the hash of image names and prompt.
         references: of those, the hash of all answers named as right.
     """
 
@@ -55,14 +54,18 @@ class TextFacts:
     without_answer: array[int] = field(default_factory=_integers)
     without_image: array[int] = field(default_factory=_integers)
     marked: array[int] = field(default_factory=_integers)
-    short_rows: array[int] = field(default_factory=_integers)
     questions: array[int] = field(default_factory=_integers)
     references: array[int] = field(default_factory=_integers)
 
     @property
     def short(self) -> bool:
         """Whether most answers are of a few words."""
-        return bool(self.words) and len(self.short_rows) >= MOSTLY * len(self.words)
+        return bool(self.words) and len(self.questions) >= MOSTLY * len(self.words)
+
+    @property
+    def short_rows(self) -> _Integers:
+        """Rows with answers of a few words."""
+        return np.frombuffer(self.answered, np.int64)[np.frombuffer(self.words, np.int64) <= SHORT_WORDS]
 
     @cached_property
     def distinct(self) -> tuple[_Integers, _Integers, _Integers]:
@@ -103,7 +106,6 @@ def read_texts(dataset: Rows) -> TextFacts:
         facts.answered.append(row)
         # Long answers may well be said in several ways.
         if words <= SHORT_WORDS:
-            facts.short_rows.append(row)
             facts.questions.append(hash((sample.images, sample.prompt)))
             # Captions of an image differ and are each other's references; answers that are not contradict each other.
             facts.references.append(hash(frozenset(normal(reference) for reference in sample.references)))
@@ -181,15 +183,12 @@ def _report_repeats(report: Report, side: str, facts: TextFacts) -> None:
 
 def _contrary(facts: TextFacts) -> list[tuple[int, int]]:
     """For each question whose short answers differ without being each other's references: two rows that show it."""
-    questions, references, rows = (
-        np.frombuffer(one, np.int64) for one in (facts.questions, facts.references, facts.short_rows)
-    )
-    order = np.argsort(questions, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(questions[order]) != 0]) if len(order) else np.zeros(0, np.int64)
-    ends = np.r_[starts[1:], len(order)]
+    questions, references = (np.frombuffer(one, np.int64) for one in (facts.questions, facts.references))
+    rows, order = facts.short_rows, np.argsort(questions, kind="stable")
+    _, starts, counts = np.unique(questions[order], return_index=True, return_counts=True)
     found = []
-    for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
-        members = order[start:end]
+    for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
+        members = order[start : start + count]
         if len(np.unique(references[members])) == 1:
             continue
         answers = {facts.answer_of(int(row)): int(row) for row in rows[members][::-1]}
